@@ -1,0 +1,167 @@
+"""REPA (Yu et al. 2024, arXiv:2410.06940): aligning a flow transformer's tokens with a frozen encoder.
+
+The table asks on Fashion-MNIST what the alignment gives a small SiT, and how much of that any other
+target would have given: a random-weight teacher, the teacher's tokens of another image, its mean
+tokens. The full-scale variants hold the official hyper-parameters (sihyun-yu/REPA@67f7145).
+"""
+
+import functools
+
+from ml_collections import ConfigDict
+
+from repalign.registry import lookup
+from repalign.tables.claims import Greater, Less
+from repalign.tables.table import Column, ShareOfGain, StepsToReach, Table
+
+TRAIN = {"name": "data.fashion_mnist.fashion_mnist", "split": "train"}
+TEST = {"name": "data.fashion_mnist.fashion_mnist", "split": "test"}
+SELF_SUPERVISED = {"encoder": "trained", "config": "simclr:fashion_mnist"}
+SUPERVISED = {"encoder": "trained", "config": "classifier:fashion_mnist_teacher"}
+
+
+def small(
+    *, teacher: dict | None = None, control: str = "none", weight: float = 0.5, depth: int = 2
+) -> ConfigDict:
+    """A SiT of 0.4 M parameters on 12,000 images; a teacher's tokens are a column of the data."""
+    aligned = teacher is not None
+    objective = {"flow_matching": {"term": "train.terms.flow_matching"}}
+    columns = {}
+    if aligned:
+        columns["teacher/patches"] = {
+            "name": "train.encoders.tokens",
+            "control": control,
+            **teacher,
+        }
+        objective["repa"] = {
+            "term": "train.terms.repa",
+            "student": f"sit/block_{depth}",
+            "teacher": "teacher/patches",
+            "projector_width": 256,
+            "weight": weight,
+        }
+    return ConfigDict(
+        {
+            "data": {"source": dict(TRAIN), "batch_size": 64, "columns": columns},
+            "model": {
+                "name": "models.sit.SiT",
+                "image_size": 28,
+                "channels": 1,
+                "patch_size": 7,
+                "width": 64,
+                "depth": 4,
+                "heads": 4,
+                "classes": 10,
+                "taps": (depth,),
+            },
+            "forward": {"name": "train.forward.flow", "label_dropout": 0.1},
+            "objective": objective,
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 2e-3,
+                "clip_norm": 1.0,
+                "average_decay": 0.995,
+            },
+            "evaluation": {
+                "every": 500,
+                "metrics": {
+                    "generation": {
+                        "name": "train.evaluate.generation",
+                        "reference": dict(TEST),
+                        "network": "classifier:fashion_mnist",
+                        "samples": 2000,
+                        "steps": 20,
+                    }
+                },
+                "final_metrics": {
+                    "hidden": {
+                        "name": "train.evaluate.hidden_representation",
+                        "tap": f"block_{depth}",
+                        "reference": dict(TEST),
+                        "classes": 10,
+                        "compared": {
+                            "teacher": dict(SELF_SUPERVISED),
+                            "unrelated": {
+                                "encoder": "trained",
+                                "config": "classifier:fashion_mnist",
+                            },
+                        },
+                    }
+                },
+            },
+            "seed": 0,
+            "total_steps": 3000,
+            "checkpoint_every": 500,
+        }
+    )
+
+
+VARIANTS = {
+    "baseline": small,
+    "repa": functools.partial(small, teacher=SELF_SUPERVISED),
+    "random_teacher": functools.partial(
+        small, teacher={**SELF_SUPERVISED, "encoder": "random", "seed": 7}
+    ),
+    "shuffled_teacher": functools.partial(small, teacher=SELF_SUPERVISED, control="shuffled"),
+    "constant_teacher": functools.partial(small, teacher=SELF_SUPERVISED, control="constant"),
+    "efficientnet_teacher": functools.partial(small, teacher={"encoder": "efficientnet_lite0"}),
+    "supervised_teacher": functools.partial(small, teacher=SUPERVISED),
+    **{
+        f"repa_depth_{depth}": functools.partial(small, teacher=SELF_SUPERVISED, depth=depth)
+        for depth in (1, 3, 4)
+    },
+    **{
+        f"repa_weight_{weight}": functools.partial(small, teacher=SELF_SUPERVISED, weight=weight)
+        for weight in (0.25, 1.0, 2.0)
+    },
+}
+
+
+def get_config(variant: str = "repa") -> ConfigDict:
+    """Returns the locked config of a variant."""
+    return lookup(VARIANTS, variant, kind="variant of repa")().lock()
+
+
+TABLE = Table(
+    paper=0,
+    rows={
+        "SiT": "baseline",
+        "SiT + REPA": "repa",
+        "SiT + REPA, random teacher": "random_teacher",
+        "SiT + REPA, shuffled teacher": "shuffled_teacher",
+        "SiT + REPA, constant teacher": "constant_teacher",
+        "SiT + REPA, ImageNet teacher": "efficientnet_teacher",
+        "SiT + REPA, label-trained teacher": "supervised_teacher",
+    },
+    columns=(
+        Column("frechet_distance", better="lower"),
+        Column(
+            "steps_ratio",
+            title="steps to the baseline's final value",
+            derive=StepsToReach("frechet_distance", "SiT", relative=True),
+        ),
+        Column("share_of_gain", derive=ShareOfGain("frechet_distance", "SiT", "SiT + REPA")),
+        Column("precision", better="higher"),
+        Column("recall", better="higher"),
+        Column("linear_probe", better="higher"),
+        Column("cknna_teacher"),
+        Column("cknna_unrelated"),
+    ),
+    claims=(
+        Less("frechet_distance", "SiT + REPA", "SiT"),
+        Less("steps_ratio", "SiT + REPA", than=1.0),
+        Less("frechet_distance", "SiT + REPA", "SiT + REPA, random teacher"),
+        Less("frechet_distance", "SiT + REPA", "SiT + REPA, shuffled teacher"),
+        Less("frechet_distance", "SiT + REPA", "SiT + REPA, constant teacher"),
+        Greater("linear_probe", "SiT + REPA", "SiT"),
+        Greater("cknna_unrelated", "SiT + REPA", "SiT"),
+    ),
+    reported={
+        "SiT": {"FID, XL/2, 400K steps": 17.2, "FID, B/2, 400K steps": 33.0},
+        "SiT + REPA": {
+            "FID, XL/2, 400K steps": 7.9,
+            "FID, B/2, 400K steps": 24.4,
+            "steps to the baseline's 7M-step FID, ratio": 17.5,
+        },
+    },
+    seeds=3,
+)

@@ -1,0 +1,23 @@
+"""Codebook search that never holds a ``[vectors, codes]`` array: nearest, top-k, soft."""
+
+from repalign.kernels.codebook.api import (
+    IMPLEMENTATIONS,
+    Assignment,
+    CodeStatistics,
+    code_distances,
+    code_statistics,
+    nearest_codes,
+    soft_assignment,
+    top_k_codes,
+)
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Assignment",
+    "CodeStatistics",
+    "code_distances",
+    "code_statistics",
+    "nearest_codes",
+    "soft_assignment",
+    "top_k_codes",
+]

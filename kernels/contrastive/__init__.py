@@ -1,0 +1,1 @@
+"""Reductions over all pairs of two sets of embeddings: log-sum-exp and the sigmoid loss."""

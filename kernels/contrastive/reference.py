@@ -1,0 +1,57 @@
+"""The two reductions of contrastive learning, written the obvious way: the whole matrix in memory.
+
+Both take rows ``a`` [M, D] and columns ``b`` [N, D] and work on the logits
+``s_ij = scale * <a_i, b_j>``, computed at the highest matmul precision.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+Ids = tuple[Array, Array]
+"""An integer for each row and an integer for each column; an entry matches where the two agree."""
+
+
+def inner_products(a: Array, b: Array) -> Array:
+    """Returns ``a @ b.T`` at the highest precision."""
+    return jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST)
+
+
+def matches(ids: Ids) -> Array:
+    """Returns the [M, N] mask of the entries whose row id equals their column id."""
+    return ids[0][:, None] == ids[1][None, :]
+
+
+def log_sum_exp(
+    a: Array,
+    b: Array,
+    scale: Array,
+    exclude: Ids | None,
+    include: Ids | None,
+    where: Array | None,
+) -> Array:
+    """Returns ``log sum_j exp(s_ij)`` over the counted columns of every row."""
+    logits = scale * inner_products(a, b)
+    mask = jnp.ones(logits.shape, bool)
+    if exclude is not None:
+        mask &= ~matches(exclude)
+    if include is not None:
+        mask &= matches(include)
+    if where is not None:
+        mask &= where[None, :]
+    top = lax.stop_gradient(jnp.max(jnp.where(mask, logits, -jnp.inf), axis=1))
+    empty = ~jnp.any(mask, axis=1)
+    top = jnp.where(empty, 0.0, top)
+    # An entry that does not count is exp(0) before the outer where: no overflow, no NaN gradient.
+    terms = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top[:, None], 0.0)), 0.0)
+    total = jnp.sum(terms, axis=1)
+    return jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1.0, total)))
+
+
+def sigmoid_loss(
+    a: Array, b: Array, scale: Array, bias: Array, positive: Ids, where: Array | None
+) -> Array:
+    """Returns ``sum_j softplus(-y_ij (s_ij + bias))``, y = +1 where the ids match and -1 elsewhere."""
+    logits = scale * inner_products(a, b) + bias
+    terms = jax.nn.softplus(jnp.where(matches(positive), -logits, logits))
+    return jnp.sum(terms if where is None else jnp.where(where[None, :], terms, 0.0), axis=1)

@@ -1,0 +1,263 @@
+"""The command line: ``repalign COMMAND ...``.
+
+Exit status: 0 done; 2 a mistake of the user's, with a short paragraph on stderr that names the
+mistake, the place and the fix; 1 anything else.
+"""
+
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from repalign.registry import UserError, lookup
+
+FORMATS = ("text", "json")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    try:
+        command = lookup(COMMANDS, arguments[0], kind="command")
+        return command(arguments[1:])
+    except UserError as error:
+        print(f"repalign: {error}", file=sys.stderr)
+        return 2
+
+
+def train(arguments: Sequence[str]) -> int:
+    """train --config FILE[:variant] --workdir DIR [--config.model.depth=6 ...]
+
+    Trains one experiment; resumes if DIR holds a checkpoint of it. FILE is a path or a key.
+    """
+    own, overrides = _split_overrides(arguments)
+    flag_values = _parse(own, train, config=None, workdir=None, format="text")
+    _use_compilation_cache()
+    from repalign.train import config as configs
+    from repalign.train.experiment import assemble
+    from repalign.train.loop import TrainingDiverged, params_sha256
+    from repalign.train.run import run
+
+    name = _required(flag_values, "config", train)
+    workdir = pathlib.Path(_required(flag_values, "workdir", train))
+    experiment = assemble(configs.override(configs.load_config(name), overrides))
+    try:
+        result = run(experiment, workdir, title=name)
+    except TrainingDiverged as error:
+        print(f"repalign: {error}", file=sys.stderr)
+        return 1
+    metrics = {key: _plain(value) for key, value in result.metrics.items()}
+    document = {
+        "step": result.step,
+        "metrics": metrics,
+        "seconds": result.seconds,
+        "images_per_second": result.images_per_second,
+        "params_sha256": params_sha256(result.state.params),
+    }
+    if flag_values.format == "json":
+        print(json.dumps(document))
+        return 0
+    rows = [(key, _shown(value)) for key, value in metrics.items()]
+    _print_rows(("metric", f"at step {result.step}"), rows)
+    print(f"{result.images_per_second:,.0f} images/s; parameters {document['params_sha256'][:16]}")
+    return 0
+
+
+def reproduce(arguments: Sequence[str]) -> int:
+    """reproduce KEY [--seeds N] [--rows A,B] [--workdir DIR] [--format text|json] [--config.x=y ...]
+
+    Runs what is missing of a paper's table and prints it with a verdict for each claim. Rows are
+    named by title or variant; --config overrides apply to every row. Writes table.md, table.json
+    and figure.png to the workdir.
+    """
+    own, overrides = _split_overrides(arguments)
+    flag_values = _parse(
+        own, reproduce, positional=1, seeds=0, rows=None, workdir=None, format="text"
+    )
+    _use_compilation_cache()
+    from repalign.tables import render
+    from repalign.tables.reproduce import reproduce as run_table
+    from repalign.train.loop import TrainingDiverged
+
+    key = flag_values.positional[0]
+    workdir = pathlib.Path(flag_values.workdir or pathlib.Path("workdirs") / pathlib.Path(key).stem)
+    rows = None if flag_values.rows is None else _row_names(flag_values.rows)
+    try:
+        evaluation = run_table(
+            key, workdir, seeds=flag_values.seeds or None, rows=rows, overrides=overrides
+        )
+    except TrainingDiverged as error:
+        print(f"repalign: {error}", file=sys.stderr)
+        return 1
+    if flag_values.format == "json":
+        print(render.to_json(evaluation))
+    else:
+        print(render.to_text(evaluation))
+        print(f"\nWritten: table.md, table.json and figure.png in {workdir}")
+    return 0
+
+
+def papers(arguments: Sequence[str]) -> int:
+    """papers [--family F] [--priority P] [--status works|planned] [--format text|json]
+
+    Lists the 534 papers of the catalogue and which of them an experiment reproduces.
+    """
+    flag_values = _parse(arguments, papers, family=None, priority=0, status=None, format="text")
+    import dataclasses
+
+    from repalign.tables.papers import papers as select
+
+    records = select(
+        family=flag_values.family, priority=flag_values.priority or None, status=flag_values.status
+    )
+    if flag_values.format == "json":
+        rows = [{**dataclasses.asdict(one.paper), "status": one.status} for one in records]
+        print(json.dumps(rows))
+        return 0
+    _print_rows(
+        ("id", "status", "experiment", "priority", "family", "title"),
+        [
+            (
+                str(one.paper.id),
+                one.status,
+                one.paper.experiment or "",
+                str(one.paper.priority),
+                one.paper.family,
+                one.paper.title,
+            )
+            for one in records
+        ],
+    )
+    working = sum(one.status == "works" for one in records)
+    print(f"{len(records)} papers, {working} with an experiment that runs")
+    return 0
+
+
+def list_names(arguments: Sequence[str]) -> int:
+    """list experiments|losses|quantizers|metrics|models [--format text|json]
+
+    Lists what a config can name, with the first line of each docstring.
+    """
+    flag_values = _parse(arguments, list_names, positional=1, format="text")
+    from repalign.listing import KINDS, listing
+
+    kind = lookup(KINDS, flag_values.positional[0], kind="list")
+    entries = listing(kind)
+    if flag_values.format == "json":
+        print(json.dumps([{"name": name, "summary": summary} for name, summary in entries]))
+        return 0
+    _print_rows(("name", "what it is"), entries)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "reproduce": reproduce,
+    "papers": papers,
+    "list": list_names,
+}
+
+
+def _usage() -> str:
+    lines = ["repalign: learning, aligning, quantizing and generating from representations.", ""]
+    for command in COMMANDS.values():
+        usage, _, text = (command.__doc__ or "").partition("\n\n")
+        lines += [f"repalign {usage.strip()}", f"    {' '.join(text.split())}", ""]
+    return "\n".join(lines).rstrip()
+
+
+def _parse(
+    arguments: Sequence[str], command: Callable[..., int], *, positional: int = 0, **defaults: Any
+) -> flags.FlagValues:
+    """Parses a command's flags; ``positional`` arguments end up in ``.positional``."""
+    usage = (command.__doc__ or "").partition("\n\n")[0].strip()
+    if any(argument in ("--help", "-h") for argument in arguments):
+        raise SystemExit(print(f"repalign {command.__doc__}") or 0)
+    flag_values = flags.FlagValues()
+    for name, default in defaults.items():
+        if name == "format":
+            flags.DEFINE_enum(name, default, FORMATS, "output", flag_values=flag_values)
+        elif isinstance(default, int):
+            flags.DEFINE_integer(name, default, name, flag_values=flag_values, lower_bound=0)
+        else:
+            flags.DEFINE_string(name, default, name, flag_values=flag_values)
+    try:
+        rest = flag_values(["repalign", *arguments])[1:]
+    except flags.Error as error:
+        raise UserError(f"{error} Usage: repalign {usage}") from error
+    if len(rest) != positional:
+        raise UserError(f"expected {positional} argument(s), got {rest}. Usage: repalign {usage}")
+    flags.DEFINE_list("positional", rest, "arguments", flag_values=flag_values)
+    return flag_values
+
+
+def _required(flag_values: flags.FlagValues, name: str, command: Callable[..., int]) -> str:
+    value = flag_values[name].value
+    if value is None:
+        usage = (command.__doc__ or "").partition("\n\n")[0].strip()
+        raise UserError(f"--{name} is missing. Usage: repalign {usage}")
+    return value
+
+
+def _split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates ``--config.a.b=c`` (or ``--config.a.b c``) from the command's own flags."""
+    own, overrides = [], []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith("--config."):
+            own.append(argument)
+        elif "=" in argument or not remaining or remaining[0].startswith("--"):
+            overrides.append(argument)
+        else:
+            overrides.append(f"{argument}={remaining.pop(0)}")
+    return own, overrides
+
+
+def _row_names(text: str) -> list[str]:
+    """Splits ``--rows``; a semicolon separates titles that contain commas."""
+    return [name.strip() for name in text.split(";" if ";" in text else ",")]
+
+
+def _use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, in REPALIGN_CACHE or the user's cache directory."""
+    import jax
+
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    directory = os.environ.get("REPALIGN_CACHE") or pathlib.Path(root) / "repalign"
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(f"{one:.4g}" for one in (value if isinstance(value, list) else [value]))
+
+
+def _print_rows(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints columns: a table on a terminal, tab-separated lines elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        for row in (heading, *rows):
+            print("\t".join(row))
+        return
+    table = RichTable(*heading)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

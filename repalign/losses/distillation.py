@@ -1,0 +1,210 @@
+"""Losses by which a student imitates a teacher's features, relations or predictions.
+
+The teacher never receives a gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from repalign.numerics import as_float, cosine_similarity, l2_normalize, squared_distances
+from repalign.registry import lookup
+from repalign.typing import Array, ArrayLike, Bool, Float, Num
+
+
+def _smooth_l1(difference: Float[Array, "*shape"], beta: ArrayLike) -> Float[Array, "*shape"]:
+    """Returns ``d^2 / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``."""
+    magnitude = jnp.abs(difference)
+    return jnp.where(magnitude < beta, 0.5 * jnp.square(difference) / beta, magnitude - 0.5 * beta)
+
+
+def _layer_norm(x: Float[Array, "*shape dim"]) -> Float[Array, "*shape dim"]:
+    """Returns each vector with mean 0 and (biased) variance 1; constant vectors give 0."""
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5)
+
+
+_DISTANCES = {
+    "l2": lambda student, teacher, beta: jnp.mean(jnp.square(student - teacher), axis=-1),
+    "l1": lambda student, teacher, beta: jnp.mean(jnp.abs(student - teacher), axis=-1),
+    "smooth_l1": lambda student, teacher, beta: jnp.mean(
+        _smooth_l1(student - teacher, beta), axis=-1
+    ),
+    "cosine": lambda student, teacher, beta: 1.0 - cosine_similarity(student, teacher),
+}
+_TARGETS = {"none": lambda teacher: teacher, "layer_norm": _layer_norm, "l2": l2_normalize}
+
+
+def feature_distillation(
+    student: Num[Array, "batch *tokens dim"],
+    teacher: Num[Array, "batch *tokens dim"],
+    *,
+    distance: str = "smooth_l1",
+    beta: ArrayLike = 1.0,
+    target: str = "layer_norm",
+    where: Bool[Array, "batch *tokens"] | None = None,
+) -> Float[Array, "batch"]:
+    """Distance of the student's features to the teacher's, averaged over dimensions and tokens.
+
+    Args:
+        distance: ``l2`` (mean squared), ``l1``, ``smooth_l1`` (quadratic below ``beta``) or
+            ``cosine`` (1 - cosine).
+        target: what is done to the teacher's features: nothing, layer norm without affine
+            parameters, or scaling to unit length.
+        where: tokens that count; give the masked ones for a masked prediction. An example
+            without any has loss 0.
+
+    Raises:
+        UserError: an unknown name for ``distance`` or ``target``.
+
+    Sources, as (distance, beta, target, tokens):
+    FD (arXiv:2205.14141): smooth_l1, 2, layer_norm, all;
+        SwinTransformer/Feature-Distillation@2115145:models/feature_distillation.py:127-164.
+    dBOT (arXiv:2209.03917): smooth_l1, 2, layer_norm, masked;
+        liuxingbin/dbot@db3b15e:models_mae.py:272-289.
+    I-JEPA (arXiv:2301.08243): smooth_l1, 1, layer_norm, target blocks;
+        facebookresearch/ijepa@52c1ae9:src/train.py:295-313.
+    SRA (arXiv:2505.02831): smooth_l1, 0.05, none, all; the teacher is the EMA model's later block
+        at less noise; vvvvvjdy/SRA@1723f85:SiT-SRA/loss.py:10-25.
+    FitNets (arXiv:1412.6550), eq. 3: l2, none. MR-MAE (arXiv:2303.05475): l2, l2, visible.
+    dBOT and Latent MIM divide by the unbiased variance, FD and I-JEPA by the biased one, as here.
+    """
+    measure = lookup(_DISTANCES, distance, kind="distance")
+    fixed = lookup(_TARGETS, target, kind="target")(lax.stop_gradient(as_float(teacher)))
+    values = measure(as_float(student), fixed, beta).reshape(student.shape[0], -1)
+    if where is None:
+        return jnp.mean(values, axis=1)
+    counted = where.reshape(values.shape)
+    total = jnp.sum(jnp.where(counted, values, 0.0), axis=1)
+    return total / jnp.maximum(jnp.sum(counted, axis=1), 1)
+
+
+def knowledge_distillation(
+    student_logits: Num[Array, "batch classes"],
+    teacher_logits: Num[Array, "batch classes"],
+    *,
+    temperature: ArrayLike = 4.0,
+) -> Float[Array, "batch"]:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))`` per example, in nats.
+
+    The factor keeps the gradient's scale independent of T. Source: Hinton et al.
+    (arXiv:1503.02531), section 2.
+    """
+    student = jax.nn.log_softmax(as_float(student_logits) / temperature, axis=-1)
+    teacher = jax.nn.log_softmax(lax.stop_gradient(as_float(teacher_logits)) / temperature, axis=-1)
+    # exp underflows to 0 before 0 * log 0 could become NaN, unless a logit is -inf.
+    divergence = jnp.where(jnp.isneginf(teacher), 0.0, jnp.exp(teacher) * (teacher - student))
+    return temperature**2 * jnp.sum(divergence, axis=-1)
+
+
+def _distances(x: Float[Array, "batch dim"]) -> Float[Array, "batch batch"]:
+    """Returns Euclidean distances with a zero gradient where they vanish, 0 on the diagonal."""
+    squared = squared_distances(x, x)
+    apart = (squared > 1e-12) & ~jnp.eye(x.shape[0], dtype=bool)
+    return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
+
+
+def relational_distance(
+    student: Num[Array, "batch student_dim"], teacher: Num[Array, "batch teacher_dim"]
+) -> Float[Array, "batch"]:
+    """RKD-D: smooth-L1 difference of normalised pairwise distances, averaged for each example.
+
+    Distances are divided by the mean of the positive ones; the widths may differ. The mean of the
+    result is the official loss (all N^2 pairs, the diagonal included).
+
+    Source: Park et al. (arXiv:1904.05068), eq. 3-5; lenscloth/RKD@0a6c3c0:metric/loss.py:136-148.
+    """
+
+    def normalised(x):
+        distances = _distances(as_float(x))
+        count = jnp.maximum(jnp.sum(distances > 0), 1)
+        mean = jnp.sum(distances) / count
+        # All rows equal: every distance is 0 and stays so.
+        return distances / jnp.where(mean > 0, mean, 1.0)
+
+    difference = normalised(student) - normalised(lax.stop_gradient(teacher))
+    return jnp.mean(_smooth_l1(difference, 1.0), axis=1)
+
+
+def relational_angle(
+    student: Num[Array, "batch student_dim"], teacher: Num[Array, "batch teacher_dim"]
+) -> Float[Array, "batch"]:
+    """RKD-A: smooth-L1 difference of the angles' cosines at each example, averaged over pairs.
+
+    At example i: ``cos`` between ``x_j - x_i`` and ``x_k - x_i`` for all j, k. One example at a
+    time, so the memory is quadratic in the batch, not cubic. The mean of the result is the
+    official loss.
+
+    Source: Park et al. (arXiv:1904.05068), eq. 6-8; lenscloth/RKD@0a6c3c0:metric/loss.py:118-133.
+    """
+    student, teacher = as_float(student), lax.stop_gradient(as_float(teacher))
+
+    def cosines(x, vertex):
+        unit = l2_normalize(x - vertex)
+        return jnp.matmul(unit, unit.T, precision=lax.Precision.HIGHEST)
+
+    def at_vertex(vertices):
+        difference = cosines(student, vertices[0]) - cosines(teacher, vertices[1])
+        return jnp.mean(_smooth_l1(difference, 1.0))
+
+    return lax.map(jax.checkpoint(at_vertex), (student, teacher))
+
+
+def attention_transfer(
+    student: Num[Array, "batch tokens student_dim"], teacher: Num[Array, "batch tokens teacher_dim"]
+) -> Float[Array, "batch"]:
+    """Squared difference of normalised activation maps, averaged over the tokens.
+
+    The map of an example is ``mean_d x_td^2``, scaled to unit length over its tokens.
+    Source: Zagoruyko & Komodakis (arXiv:1612.03928), eq. 2 (p = 2, here squared, as in their
+    code).
+    """
+
+    def activation(x):
+        return l2_normalize(jnp.mean(jnp.square(as_float(x)), axis=-1))
+
+    return jnp.mean(
+        jnp.square(activation(student) - activation(lax.stop_gradient(teacher))), axis=-1
+    )
+
+
+def gram_style(
+    student: Num[Array, "batch tokens dim"], teacher: Num[Array, "batch tokens dim"]
+) -> Float[Array, "batch"]:
+    """``||G(s) - G(t)||_F^2`` with the channels' Gram matrix ``G(x) = x^T x / (T D)``.
+
+    It compares which channels are active together, wherever they are. Source: Johnson et al.
+    (arXiv:1603.08155), eq. 3-4. (For Gram matrices over tokens: ``alignment.
+    self_similarity_alignment``.)
+    """
+
+    def gram(x):
+        x = as_float(x)
+        product = jnp.einsum("btd,bte->bde", x, x, precision=lax.Precision.HIGHEST)
+        return product / (x.shape[1] * x.shape[2])
+
+    return jnp.sum(jnp.square(gram(student) - gram(lax.stop_gradient(teacher))), axis=(1, 2))
+
+
+def token_relation_distillation(
+    student_queries: Num[Array, "batch heads tokens student_dim"],
+    student_keys: Num[Array, "batch heads tokens student_dim"],
+    teacher_queries: Num[Array, "batch heads tokens teacher_dim"],
+    teacher_keys: Num[Array, "batch heads tokens teacher_dim"],
+) -> Float[Array, "batch"]:
+    """``KL(softmax(Q_t K_t^T / sqrt(d_t)) || softmax(Q_s K_s^T / sqrt(d_s)))``, mean over tokens.
+
+    Any pair of projections may stand for Q and K: queries and keys distil attention, values with
+    values the value relations; the widths may differ, the number of relation heads not.
+    Source: Wang et al., MiniLMv2 (arXiv:2012.15828), eq. 3-5.
+    """
+
+    def log_relations(queries, keys):
+        logits = jnp.einsum(
+            "bhtd,bhsd->bhts", as_float(queries), as_float(keys), precision=lax.Precision.HIGHEST
+        )
+        return jax.nn.log_softmax(logits * queries.shape[-1] ** -0.5, axis=-1)
+
+    student = log_relations(student_queries, student_keys)
+    teacher = lax.stop_gradient(log_relations(teacher_queries, teacher_keys))
+    return jnp.mean(jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1), axis=(1, 2))

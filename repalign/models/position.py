@@ -1,0 +1,108 @@
+"""Positions: fixed sine-cosine tables, the sinusoid of a diffusion time, and resized tables."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from repalign.typing import Array, Float
+
+
+def sincos_1d(positions: np.ndarray, width: int) -> np.ndarray:
+    """Returns ``[sin(p w_i), cos(p w_i)]`` with ``w_i = 10000^(-i / (width / 2))``, in float64."""
+    if width % 2:
+        raise ValueError(f"a sine-cosine table needs an even width, not {width}.")
+    half = width // 2
+    angles = np.outer(positions, 10000.0 ** (-np.arange(half, dtype=np.float64) / half))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_2d(width: int, grid: tuple[int, int]) -> np.ndarray:
+    """Returns the fixed position table of MAE, DiT and SiT, float32 ``[rows * columns, width]``.
+
+    The first half of the features encodes the column and the second half the row; tokens are in
+    row-major order. Source: facebookresearch/mae util/pos_embed.py, as in
+    sihyun-yu/REPA@67f7145:models/sit.py:307-352 ("here w goes first").
+    """
+    rows, columns = (axis.reshape(-1) for axis in np.indices(grid))
+    table = [sincos_1d(columns, width // 2), sincos_1d(rows, width // 2)]
+    return np.concatenate(table, axis=1).astype(np.float32)
+
+
+def sinusoid(
+    time: Float[Array, " batch"], width: int, *, max_period: float = 10000.0
+) -> Float[Array, "batch width"]:
+    """Returns ``[cos(t w_i), sin(t w_i)]``, ``w_i = max_period^(-i / (width / 2))``, in float32.
+
+    ``time`` enters as it is: SiT and REPA do not multiply it by 1000
+    (sihyun-yu/REPA@67f7145:models/sit.py:46-65).
+    """
+    if width % 2:
+        raise ValueError(f"a sinusoid needs an even width, not {width}.")
+    half = width // 2
+    frequencies = np.exp(-np.log(max_period) * np.arange(half, dtype=np.float32) / half)
+    angles = time.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def bicubic_matrix(
+    old: int, new: int, *, antialias: bool, scale: float | None = None
+) -> np.ndarray:
+    """Returns the float32 ``[new, old]`` matrix that resizes one axis by bicubic interpolation.
+
+    Both of PyTorch's definitions (``F.interpolate``, ``align_corners=False``) exist:
+
+    * ``antialias=False``: the cubic kernel with a = -0.75, taps outside the axis clamped to its
+      ends, no smoothing when the axis shrinks;
+    * ``antialias=True``: a = -0.5 (as in PIL and ``jax.image.resize``), the kernel widened by the
+      shrink factor, taps outside dropped and the rest renormalised.
+
+    Args:
+        scale: new length / old length where the caller's convention differs from ``new / old``
+            (DINOv2 passes ``(new + 0.1) / old``).
+    """
+    step = old / new if scale is None else 1.0 / scale
+    a = -0.5 if antialias else -0.75
+    stretch = max(step, 1.0) if antialias else 1.0
+    centers = (np.arange(new) + 0.5) * step - 0.5
+    reach = int(np.ceil(2 * stretch)) + 1
+    taps = np.floor(centers)[:, None].astype(int) + np.arange(-reach, reach + 1)
+    distance = np.abs(taps - centers[:, None]) / stretch
+    near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+    far = a * (distance**3 - 5 * distance**2 + 8 * distance - 4)
+    weights = np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))
+    if antialias:
+        weights = np.where((taps >= 0) & (taps < old), weights, 0.0)
+        weights /= weights.sum(axis=1, keepdims=True)
+    matrix = np.zeros((new, old))
+    np.add.at(matrix, (np.arange(new)[:, None], np.clip(taps, 0, old - 1)), weights)
+    return matrix.astype(np.float32)
+
+
+def resize_position_table(
+    table: Float[Array, "old_tokens width"],
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    *,
+    method: Literal["bicubic", "bicubic_antialias", "dinov2"] = "bicubic_antialias",
+) -> Float[Array, "new_tokens width"]:
+    """Resamples a learned table (without class or register tokens) to another token grid.
+
+    ``bicubic_antialias`` is timm's ``resample_abs_pos_embed``, which REPA applies to DINOv2
+    (sihyun-yu/REPA@67f7145:utils.py:96); ``bicubic`` is MAE's and CLIP's; ``dinov2`` is DINOv2's
+    own, ``bicubic`` with its interpolation offset of 0.1.
+    """
+    if old_grid == new_grid:
+        return table
+    row_matrix, column_matrix = (
+        bicubic_matrix(
+            old,
+            new,
+            antialias=method == "bicubic_antialias",
+            scale=(new + 0.1) / old if method == "dinov2" else None,
+        )
+        for old, new in zip(old_grid, new_grid, strict=True)
+    )
+    grid = table.reshape(*old_grid, table.shape[-1])
+    resized = jnp.einsum("rh,cw,hwd->rcd", row_matrix, column_matrix, grid, precision="highest")
+    return resized.reshape(-1, table.shape[-1])

@@ -1,0 +1,75 @@
+"""Arithmetic that decides results: norms, similarities, distances and masked means, in float32.
+
+Everything here casts its inputs to float32 (float64 stays float64) before it computes, so that a
+bfloat16 model gets the same decisions as a float32 one.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from repalign.typing import Array, Bool, Float, Num, Shaped
+
+
+def as_float(x: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Returns ``x`` as float32, or as float64 if it already is."""
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def l2_normalize(x: Num[Array, "*shape"], *, axis: int = -1) -> Float[Array, "*shape"]:
+    """Scales vectors to unit Euclidean length: ``x / ||x||``.
+
+    A vector whose squared norm underflows to zero maps to zero with a zero gradient. (Dividing by
+    ``||x|| + epsilon`` gives a NaN gradient there; a clamp at 1e-12 gives one of 1e12.)
+    """
+    x = as_float(x)
+    squared_norm = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+    nonzero = squared_norm > jnp.finfo(x.dtype).tiny
+    # The inner where keeps the derivative of rsqrt finite on the branch that is not taken.
+    scale = lax.rsqrt(jnp.where(nonzero, squared_norm, 1.0))
+    return jnp.where(nonzero, x * scale, 0.0)
+
+
+def cosine_similarity(
+    a: Num[Array, "*shape dim"], b: Num[Array, "*shape dim"]
+) -> Float[Array, "*shape"]:
+    """Returns ``<a, b> / (||a|| ||b||)`` over the last axis, in [-1, 1]; 0 if either is zero."""
+    return jnp.sum(l2_normalize(a) * l2_normalize(b), axis=-1)
+
+
+def inner_products(
+    a: Num[Array, "rows dim"], b: Num[Array, "columns dim"]
+) -> Float[Array, "rows columns"]:
+    """Returns all inner products ``a @ b.T``, accumulated in float32 at the highest precision."""
+    return jnp.matmul(as_float(a), as_float(b).T, precision=lax.Precision.HIGHEST)
+
+
+def squared_distances(
+    a: Num[Array, "rows dim"], b: Num[Array, "columns dim"]
+) -> Float[Array, "rows columns"]:
+    """Returns all squared Euclidean distances, clipped below at 0.
+
+    Both sets are first moved by the mean of ``b``: the expanded form ``|a|^2 - 2ab + |b|^2`` loses
+    digits when the data lie far from the origin, and a common shift changes no distance.
+    """
+    a, b = as_float(a), as_float(b)
+    center = lax.stop_gradient(jnp.mean(b, axis=0))
+    a, b = a - center, b - center
+    squared = (
+        jnp.sum(jnp.square(a), axis=1)[:, None]
+        - 2.0 * inner_products(a, b)
+        + jnp.sum(jnp.square(b), axis=1)[None, :]
+    )
+    return jnp.maximum(squared, 0.0)
+
+
+def masked_mean(
+    values: Num[Array, "*shape"], where: Bool[Array, "*shape"] | None = None
+) -> Float[Array, ""]:
+    """Returns the mean of ``values`` over the entries where the mask holds; 0 if it never does.
+
+    Values outside the mask do not reach the result or its gradient, even when they are not finite.
+    """
+    values = as_float(values)
+    if where is None:
+        return jnp.mean(values)
+    return jnp.sum(jnp.where(where, values, 0.0)) / jnp.maximum(jnp.sum(where), 1)

@@ -1,0 +1,77 @@
+"""Checkpoints of a run: orbax's CheckpointManager, wrapped in this one file.
+
+A checkpoint holds the state (without ``frozen``) and the position of the data iterator. It is
+restored into an abstract state that carries target shardings, so the mesh may differ from the one
+that wrote it.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from repalign.registry import UserError
+from repalign.train.state import TrainState
+from repalign.typing import PyTree
+
+
+class Checkpoints:
+    """The checkpoints below one directory; a context manager that waits for writes at its end."""
+
+    def __init__(self, directory: pathlib.Path, *, keep: int = 2) -> None:
+        try:
+            self._manager = ocp.CheckpointManager(
+                directory.absolute(),
+                options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            )
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints to {directory}: {error}") from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, iterator: dict[str, Any]) -> None:
+        """Writes a checkpoint in the background; the state may be donated after the call."""
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(_saved(state)), iterator=ocp.args.JsonSave(iterator)
+        )
+        self._manager.save(step, args=arguments)
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the newest state and iterator position; ``frozen`` is that of ``abstract``."""
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(_saved(abstract)), iterator=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(self._manager.latest_step(), args=arguments)
+        values = dict(restored["state"])
+        values["key"] = jax.random.wrap_key_data(values["key"])
+        return TrainState(**values, frozen=abstract.frozen), dict(restored["iterator"])
+
+    def wait(self) -> None:
+        """Returns when every write has ended."""
+        self._manager.wait_until_finished()
+
+
+def _saved(state: TrainState) -> PyTree:
+    """What is written of a state: all but ``frozen``, the key as its raw data."""
+    values = {
+        field.name: getattr(state, field.name)
+        for field in dataclasses.fields(state)
+        if field.name != "frozen"
+    }
+    if isinstance(state.key, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, state.key)
+        sharding = state.step.sharding
+        values["key"] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+    else:
+        values["key"] = jax.random.key_data(state.key)
+    return values

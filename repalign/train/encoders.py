@@ -1,0 +1,181 @@
+"""Frozen encoders, trained here and cached, random, or pretrained; and the tokens they give.
+
+A token column (``config.data.columns["teacher/patches"]``) is computed once for every image and kept
+in the cache, so that a train step never runs the teacher.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repalign.data.pixels import to_unit_range
+from repalign.pretrained import efficientnet
+from repalign.registry import lookup
+from repalign.train import config as configs
+from repalign.train.experiment import assemble
+from repalign.train.loop import train
+from repalign.train.step import evaluation_params
+from repalign.typing import Array, PyTree
+
+_BATCH = 500
+
+
+class Encoder(NamedTuple):
+    """A frozen encoder.
+
+    Attributes:
+        apply: ``(params, images uint8) -> (embedding, taps)``.
+        params: its weights.
+    """
+
+    apply: Callable[[PyTree, Array], tuple[Array, Mapping[str, Array]]]
+    params: PyTree
+
+
+def trained_encoder(config: str, cache: pathlib.Path) -> Encoder:
+    """Returns the encoder of an experiment, training it first unless the cache holds it.
+
+    Args:
+        config: the experiment, ``key:variant``; its model is the encoder.
+        cache: a directory.
+    """
+    experiment = assemble(configs.load_config(config))
+    name = f"{config.replace(':', '-')}-{configs.digest(experiment.raw)[:12]}"
+    source = experiment.source(cache)
+    result = train(experiment, source, cache / "encoders" / name, title=f"encoder {config}")
+    return model_encoder(experiment.model, evaluation_params(result.state)["encoder"])
+
+
+def random_encoder(config: str, images: np.ndarray, *, seed: int) -> Encoder:
+    """Returns the encoder of an experiment for such images, with freshly drawn weights."""
+    experiment = assemble(configs.load_config(config))
+    batch = {"image": jnp.asarray(images[:1]), "label": jnp.zeros((1,), jnp.int32)}
+    params = experiment.forward.init(jax.random.key(seed), batch)
+    return model_encoder(experiment.model, params["encoder"])
+
+
+def encode(encoder: Encoder, images: np.ndarray, *, tap: str | None = None) -> np.ndarray:
+    """Returns the embedding [N, dim] of every image, or the tokens [N, tokens, dim] of a tap.
+
+    A tap of a convolutional encoder, [N, height, width, dim], is read row by row.
+    """
+
+    @jax.jit
+    def one_batch(params: PyTree, batch: Array) -> Array:
+        embedding, taps = encoder.apply(params, batch)
+        if tap is None:
+            return embedding
+        tokens = lookup(taps, tap, kind="tap of the encoder")
+        return tokens.reshape(tokens.shape[0], -1, tokens.shape[-1])
+
+    parts = []
+    for start in range(0, len(images), _BATCH):
+        part = images[start : start + _BATCH]
+        padding = [(0, _BATCH - len(part))] + [(0, 0)] * (part.ndim - 1)
+        encoded = one_batch(encoder.params, np.pad(part, padding))
+        parts.append(np.asarray(encoded)[: len(part)])
+    return np.concatenate(parts)
+
+
+def tokens(
+    source: Any,
+    cache: pathlib.Path,
+    *,
+    encoder: str,
+    config: str = "",
+    tap: str = "map",
+    control: str = "none",
+    seed: int = 0,
+) -> np.ndarray:
+    """Returns standardised teacher tokens [examples, tokens, dim], float32, for a data column.
+
+    Every channel has mean 0 and variance 1 over all images and tokens: the cosine similarity of raw
+    activations is dominated by their common mean.
+
+    Args:
+        source: the data; its ``image`` column is encoded.
+        cache: keeps the encoder and the tokens.
+        encoder: ``trained`` or ``random`` (of the experiment ``config``), or ``efficientnet_lite0``.
+        config: the experiment whose model is the encoder.
+        tap: which of the encoder's maps.
+        control: ``shuffled`` gives each image the tokens of another one (a fixed derangement),
+            ``constant`` gives every image the mean tokens over images, ``none`` its own.
+        seed: of the random weights and of the derangement.
+    """
+    control_function = lookup(_CONTROLS, control, kind="teacher control")
+    description = json.dumps([encoder, config, tap, seed if encoder == "random" else 0])
+    fingerprint = hashlib.sha256(description.encode())
+    if config:
+        fingerprint.update(configs.digest(configs.load_config(config)).encode())
+    images = source.arrays["image"]
+    fingerprint.update(np.ascontiguousarray(images).data)
+    path = cache / "columns" / f"{fingerprint.hexdigest()[:24]}.npy"
+    if not path.exists():
+        values = encode(_make_encoder(encoder, config, images, cache, seed), images, tap=tap)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npy")
+        np.save(partial, standardized(values))
+        partial.rename(path)
+    return control_function(np.load(path), seed)
+
+
+def standardized(tokens: np.ndarray) -> np.ndarray:
+    """Shifts and scales every channel to mean 0 and variance 1; a constant channel becomes 0."""
+    axes = tuple(range(tokens.ndim - 1))
+    mean = tokens.mean(axis=axes, dtype=np.float64)
+    deviation = tokens.std(axis=axes, dtype=np.float64)
+    scale = np.where(deviation > 1e-6 * (np.abs(mean) + 1e-12), 1.0 / np.maximum(deviation, 1e-30), 0)
+    return ((tokens - mean) * scale).astype(np.float32)
+
+
+def derangement(size: int, seed: int) -> np.ndarray:
+    """Returns a permutation without fixed points: a random cycle through all elements."""
+    order = np.random.default_rng(seed).permutation(size)
+    partner = np.empty(size, np.int64)
+    partner[order] = np.roll(order, 1)
+    return partner
+
+
+def model_encoder(model: Any, params: PyTree) -> Encoder:
+    """Returns a model of images in [0, 1] as a frozen encoder of uint8 images."""
+
+    def apply(params: PyTree, images: Array) -> tuple[Array, Mapping[str, Array]]:
+        return model.apply({"params": params}, to_unit_range(images))
+
+    return Encoder(apply, params)
+
+
+def _efficientnet_lite0() -> Encoder:
+    """EfficientNet-Lite0's map at stride 16 of images enlarged to 64 pixels, as a tap ``map``."""
+
+    def apply(params: PyTree, images: Array) -> tuple[Array, Mapping[str, Array]]:
+        model, _ = efficientnet.efficientnet_lite0_stages()
+        pixels = efficientnet.preprocess(images, size=64)
+        tokens = model.apply({"params": params}, pixels)[1]["stage_5"]
+        return jnp.mean(tokens, axis=(1, 2)), {"map": tokens}
+
+    return Encoder(apply, efficientnet.efficientnet_lite0_stages()[1])
+
+
+def _make_encoder(
+    encoder: str, config: str, images: np.ndarray, cache: pathlib.Path, seed: int
+) -> Encoder:
+    makers = {
+        "trained": lambda: trained_encoder(config, cache),
+        "random": lambda: random_encoder(config, images, seed=seed),
+        "efficientnet_lite0": _efficientnet_lite0,
+    }
+    return lookup(makers, encoder, kind="teacher encoder")()
+
+
+_CONTROLS = {
+    "none": lambda tokens, seed: tokens,
+    "shuffled": lambda tokens, seed: tokens[derangement(len(tokens), seed)],
+    "constant": lambda tokens, seed: np.broadcast_to(tokens.mean(axis=0), tokens.shape),
+}

@@ -1,0 +1,142 @@
+"""Forward passes: from a batch to named features.
+
+Each function here takes a model and returns a `Forward`. A column of the batch whose name contains a
+slash (``teacher/patches``) is a feature already and is passed on as it is.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from repalign.data import augment
+from repalign.data.pixels import to_signed_range, to_unit_range
+from repalign.generation import flow as flows
+from repalign.models.heads import LinearClassifier, MLPHead
+from repalign.registry import from_section
+from repalign.train.state import Batch, Forward
+from repalign.typing import Array, Features, Key, PyTree
+
+
+def flow(
+    model: Any,
+    *,
+    interpolant: str = "linear",
+    time_weighting: str = "uniform",
+    label_dropout: float = 0.1,
+) -> Forward:
+    """A flow model as training sees it: noise the data at a random time, predict the velocity.
+
+    Features: ``flow/data``, ``flow/noise`` [batch, height, width, channels], ``flow/time`` [batch],
+    ``sit/output`` and the model's taps (``sit/block_4``, ...). Images become [-1, 1]; each label
+    becomes the null label ``model.classes`` with probability ``label_dropout``.
+    """
+    path = flows.interpolant(interpolant)
+
+    def init(key: Key[Array, ""], batch: Batch) -> PyTree:
+        data = to_signed_range(batch["image"])
+        time = jnp.zeros((data.shape[0],), jnp.float32)
+        return model.init(key, data, time, batch["label"])["params"]
+
+    def apply(
+        params: PyTree, batch: Batch, key: Key[Array, ""], *, average: PyTree, frozen: PyTree
+    ) -> Features:
+        del average, frozen
+        time_key, noise_key, label_key = jax.random.split(key, 3)
+        data = to_signed_range(batch["image"])
+        noise = jax.random.normal(noise_key, data.shape, data.dtype)
+        time = flows.sample_time(
+            time_key, data.shape[0], weighting=time_weighting, interpolant=path
+        )
+        label = flows.drop_labels(
+            label_key, batch["label"], rate=label_dropout, null_label=model.classes
+        )
+        noised = flows.interpolate(data, noise, time, interpolant=path)
+        output, taps = model.apply({"params": params}, noised, time, label)
+        return {
+            **_columns_that_are_features(batch),
+            "flow/data": data,
+            "flow/noise": noise,
+            "flow/time": time,
+            "sit/output": output,
+            **{f"sit/{name}": tap for name, tap in taps.items()},
+        }
+
+    return Forward(init, apply)
+
+
+def two_views(
+    model: Any,
+    *,
+    view: Mapping[str, Any],
+    head_hidden: int = 128,
+    head_features: int = 64,
+) -> Forward:
+    """Two augmented views of each image through an encoder and a projection head.
+
+    ``view`` holds the fields of `repalign.data.augment.ViewRecipe` that differ from SimCLR's.
+
+    Features: ``view_0/embedding``, ``view_1/embedding`` [batch, head_features], not normalised, and
+    the encoder's outputs before the head, ``view_0/encoder`` and ``view_1/encoder``.
+    """
+    head = MLPHead(features=head_features, hidden=head_hidden)
+    recipe = from_section(augment.ViewRecipe, view, place="config.forward.view")
+
+    def apply(
+        params: PyTree, batch: Batch, key: Key[Array, ""], *, average: PyTree, frozen: PyTree
+    ) -> Features:
+        del average, frozen
+        images = to_unit_range(batch["image"])
+        views = jnp.concatenate(augment.two_views(key, images, first=recipe))
+        encoded, _ = model.apply({"params": params["encoder"]}, views)
+        embedded = head.apply({"params": params["head"]}, encoded)
+        features = _columns_that_are_features(batch)
+        for view, (code, embedding) in enumerate(
+            zip(jnp.split(encoded, 2), jnp.split(embedded, 2), strict=True)
+        ):
+            features |= {f"view_{view}/encoder": code, f"view_{view}/embedding": embedding}
+        return features
+
+    return Forward(_encoder_and_head_init(model, head), apply)
+
+
+def supervised(model: Any, *, classes: int, shift: int = 2, flip: float = 0.5) -> Forward:
+    """An encoder with a linear classifier: ``classifier/logits`` [batch, classes] and ``label``.
+
+    Images are shifted by up to ``shift`` pixels and mirrored with probability ``flip``.
+    """
+    head = LinearClassifier(classes)
+
+    def apply(
+        params: PyTree, batch: Batch, key: Key[Array, ""], *, average: PyTree, frozen: PyTree
+    ) -> Features:
+        del average, frozen
+        shift_key, flip_key = jax.random.split(key)
+        images = augment.translate(shift_key, to_unit_range(batch["image"]), pixels=shift)
+        images = augment.horizontal_flip(flip_key, images, probability=flip)
+        encoded, _ = model.apply({"params": params["encoder"]}, images)
+        logits = head.apply({"params": params["head"]}, encoded)
+        return {
+            **_columns_that_are_features(batch),
+            "classifier/logits": logits,
+            "label": batch["label"],
+        }
+
+    return Forward(_encoder_and_head_init(model, head), apply)
+
+
+def _encoder_and_head_init(model: Any, head: Any):
+    def init(key: Key[Array, ""], batch: Batch) -> PyTree:
+        encoder_key, head_key = jax.random.split(key)
+        (embedding, _), variables = model.init_with_output(
+            encoder_key, to_unit_range(batch["image"])
+        )
+        head_params = head.init(head_key, embedding)["params"]
+        return {"encoder": variables["params"], "head": head_params}
+
+    return init
+
+
+def _columns_that_are_features(batch: Batch) -> dict[str, Array]:
+    return {name: column for name, column in batch.items() if "/" in name}

@@ -1,0 +1,94 @@
+"""The state of a run: one pytree, nothing hidden in objects."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from repalign.train.objective import Objective
+from repalign.typing import Array, Features, Int, Key, PyTree
+
+Batch = dict[str, Any]
+
+
+class Forward(NamedTuple):
+    """A forward pass: two pure functions, whatever library wrote the model behind them.
+
+    Attributes:
+        init: ``(key, batch) -> params``.
+        apply: ``(params, batch, key, *, average, frozen) -> features``; ``average`` holds the moving
+            average of the parameters (a teacher, if the method has one; None if there is none) and
+            ``frozen`` parameters that never change.
+    """
+
+    init: Callable[[Key, Batch], PyTree]
+    apply: Callable[..., Features]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and writes.
+
+    Attributes:
+        step: number of steps taken.
+        key: the run's key; a step uses ``fold_in(key, step)``, so a resumed run repeats exactly.
+        params: ``{"model": ..., "objective": ...}``, what the optimizer changes.
+        objective: the state of the terms.
+        optimizer: the state of the optimizer.
+        average: moving average of ``params["model"]``, or None.
+        frozen: parameters that no step changes and no checkpoint holds, or None.
+    """
+
+    step: Int[Array, "*replicas"]
+    key: Key[Array, "*replicas"]
+    params: PyTree
+    objective: PyTree
+    optimizer: PyTree
+    average: PyTree
+    frozen: PyTree
+
+
+def init_state(
+    forward: Forward,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    batch: Batch,
+    *,
+    with_average: bool,
+    frozen: PyTree = None,
+) -> TrainState:
+    """Returns the state before the first step; under `jax.eval_shape` its shapes only."""
+    model_key, objective_key, forward_key, run_key = jax.random.split(key, 4)
+    model = forward.init(model_key, batch)
+    average = jax.tree.map(jnp.copy, model) if with_average else None
+    features = jax.eval_shape(
+        lambda params, batch, key: forward.apply(
+            params, batch, key, average=average, frozen=frozen
+        ),
+        model,
+        batch,
+        forward_key,
+    )
+    # A term's init sees zeros in the features' shapes: it may depend on nothing else.
+    zeros = jax.tree.map(lambda feature: jnp.zeros(feature.shape, feature.dtype), dict(features))
+    objective_params, objective_state = objective.init(objective_key, zeros)
+    params = {"model": model, "objective": objective_params}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=run_key,
+        params=params,
+        objective=objective_state,
+        optimizer=optimizer.init(params),
+        average=average,
+        frozen=frozen,
+    )
+
+
+def parameter_count(params: PyTree) -> int:
+    """Returns the number of scalars in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

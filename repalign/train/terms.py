@@ -1,0 +1,169 @@
+"""Objective terms: how losses read features, and the parameters and state that some of them keep.
+
+Most losses need no code of their own here: `loss` makes a term of any function of the package.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from repalign.generation import flow
+from repalign.losses import alignment
+from repalign.models.heads import Projector
+from repalign.registry import UserError, nearest, resolve
+from repalign.train.objective import Term, TermOutput
+from repalign.typing import Array, Features, PyTree
+
+Names = str | Sequence[str]
+
+
+def loss(function: str | Callable[..., Array], /, *, name: str | None = None, **arguments: Any) -> Term:
+    """Makes a term of a pure loss function without state.
+
+    The function's positional parameters are arrays: each gets the name of a feature, or a list of
+    names. Its keyword-only parameters are hyper-parameters: each gets its value. Parameters that
+    have a default may be left out::
+
+        loss("losses.contrastive.nt_xent", a="view_0/embedding", b="view_1/embedding", temperature=0.5)
+
+    Args:
+        function: a loss, or its path below the package.
+        name: the name of the term; the function's own if None.
+        **arguments: names of features and values of hyper-parameters.
+
+    Raises:
+        UserError: an argument that the function does not have, or one that is missing.
+    """
+    if isinstance(function, str):
+        function = resolve(function)
+    name = name or function.__name__
+    parameters = inspect.signature(function).parameters
+    arrays = [p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    for argument in arguments:
+        if argument not in parameters:
+            raise UserError(f"objective.{name}.{argument}: no such key. {nearest(argument, parameters)}")
+    missing = [
+        p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments
+    ]
+    if missing:
+        raise UserError(f"objective.{name}: missing {', '.join(missing)}.")
+    read = {key: value for key, value in arguments.items() if key in arrays}
+    hyper_parameters = {key: value for key, value in arguments.items() if key not in arrays}
+
+    def apply(params: PyTree, state: PyTree, features: Features, key: Array) -> TermOutput:
+        del params, key
+        values = {argument: _read(features, names) for argument, names in read.items()}
+        return TermOutput(function(**values, **hyper_parameters), state, {})
+
+    return Term(name, apply)
+
+
+def flow_matching(
+    *,
+    prediction: str = "sit/output",
+    data: str = "flow/data",
+    noise: str = "flow/noise",
+    time: str = "flow/time",
+    interpolant: str = "linear",
+    prediction_type: str = "velocity",
+    name: str = "flow_matching",
+) -> Term:
+    """The flow-matching loss of a prediction for recorded data, noise and time.
+
+    See `repalign.generation.flow.flow_matching_loss`; the names are features.
+    """
+
+    path = flow.interpolant(interpolant)
+
+    def apply(params: PyTree, state: PyTree, features: Features, key: Array) -> TermOutput:
+        del params, key
+        value = flow.flow_matching_loss(
+            features[prediction],
+            features[data],
+            features[noise],
+            features[time],
+            interpolant=path,
+            prediction_type=prediction_type,
+        )
+        return TermOutput(value, state, {})
+
+    return Term(name, apply)
+
+
+def repa(
+    *, student: str, teacher: Names, projector_width: int = 2048, name: str = "repa"
+) -> Term:
+    """Representation alignment (REPA): projected student tokens follow a frozen teacher's tokens.
+
+    Each teacher has a projector of its own (three linear layers with SiLU between); see
+    `repalign.losses.alignment.repa` for the loss. The mean cosine similarity, ``-loss``, is the
+    term's value with the sign turned.
+
+    Args:
+        student: feature [batch, tokens, width], the hidden state of an early block.
+        teacher: feature [batch, tokens, dim], or several.
+        projector_width: hidden width of the projectors; 2048 in the paper.
+        name: the name of the term.
+
+    Source: Yu et al. 2024 (arXiv:2410.06940), equation 8; sihyun-yu/REPA@67f7145:models/sit.py:16-24.
+    """
+    teachers = (teacher,) if isinstance(teacher, str) else tuple(teacher)
+
+    def projector(features: Features, index: int) -> Projector:
+        return Projector(hidden=projector_width, features=features[teachers[index]].shape[-1])
+
+    def init(key: Array, features: Features) -> tuple[PyTree, PyTree]:
+        params = {
+            f"projector_{index}": projector(features, index).init(
+                jax.random.fold_in(key, index), features[student]
+            )["params"]
+            for index in range(len(teachers))
+        }
+        return params, {}
+
+    def apply(params: PyTree, state: PyTree, features: Features, key: Array) -> TermOutput:
+        del key
+        projections = [
+            projector(features, index).apply(
+                {"params": params[f"projector_{index}"]}, features[student]
+            )
+            for index in range(len(teachers))
+        ]
+        return TermOutput(alignment.repa(projections, _read(features, teachers)), state, {})
+
+    return Term(name, apply, init)
+
+
+def from_config(section: Any) -> Sequence[Term]:
+    """Builds the terms of a config's ``objective`` section, weights included.
+
+    Each key of the section names a term; its ``term`` is the path of a term's constructor
+    (``train.terms.repa``) or of a pure loss (``losses.contrastive.nt_xent``), its ``weight`` a
+    number, the rest are arguments.
+    """
+    terms = []
+    for name, entry in section.items():
+        arguments = dict(entry)
+        if "term" not in arguments:
+            raise UserError(f"objective.{name}: missing the key 'term', the path of a loss.")
+        path, weight = arguments.pop("term"), arguments.pop("weight", 1.0)
+        constructor = resolve(path)
+        if not path.startswith("train.terms."):
+            made = loss(constructor, name=name, **arguments)
+        else:
+            valid = [p for p in inspect.signature(constructor).parameters if p != "name"]
+            for argument in arguments:
+                if argument not in valid:
+                    raise UserError(
+                        f"objective.{name}.{argument}: no such key. {nearest(argument, valid)}"
+                    )
+            made = constructor(name=name, **arguments)
+        terms.append(dataclasses.replace(made, weight=weight))
+    return terms
+
+
+def _read(features: Features, names: Names) -> Array | list[Array]:
+    return features[names] if isinstance(names, str) else [features[name] for name in names]

@@ -1,0 +1,91 @@
+"""Where the numbers of a run go while it runs: JSON lines, TensorBoard if installed, the terminal."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to ``metrics.jsonl``; with tensorboardX, event files as well.
+
+    A metric of several replicas is written as a list.
+    """
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self._file: TextIO = (directory / "metrics.jsonl").open("a", buffering=1)
+        self._events = None
+        if importlib.util.find_spec("tensorboardX") is not None:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(directory))
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes named scalars (or arrays of replicas) of one step."""
+        values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._events is not None:
+            for name, value in metrics.items():
+                for replica, scalar in enumerate(np.atleast_1d(value)):
+                    self._events.add_scalar(f"{name}/{replica}", float(scalar), step)
+
+
+class ProgressReport:
+    """Tells a person how far a run is: a bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, title: str, total: int, *, start: int = 0, seconds_between_lines: float = 20):
+        self._title, self._total, self._start = title, total, start
+        self._between, self._begun, self._printed = seconds_between_lines, time.monotonic(), 0.0
+        console = Console(stderr=True)
+        self._bar = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self._task = self._bar.add_task(title, total=total, completed=start, note="")
+            self._bar.start()
+
+    def __enter__(self) -> "ProgressReport":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, *, loss: float, images_per_second: float) -> None:
+        """Shows the step, the loss, images/s and the time that is left."""
+        note = f"loss {loss:.4g}  {images_per_second:,.0f} images/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, note=note)
+            return
+        now = time.monotonic()
+        if now - self._printed < self._between and step < self._total:
+            return
+        self._printed = now
+        per_step = (now - self._begun) / max(step - self._start, 1)
+        print(
+            f"{self._title}: step {step}/{self._total}  {note}  "
+            f"{per_step * (self._total - step):.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )

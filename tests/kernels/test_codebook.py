@@ -1,0 +1,219 @@
+"""Codebook search: exactness, ties, memory, gradients, bad input."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repalign.kernels import codebook as kernel
+from repalign.kernels.codebook import bench, xla
+from repalign.kernels.codebook.specs import SPECS
+
+
+def _exact_distances(z, codebook, distance="euclidean"):
+    z, codebook = np.asarray(z, np.float64), np.asarray(codebook, np.float64)
+    if distance == "cosine":
+        z = z / np.linalg.norm(z, axis=1, keepdims=True)
+        codebook = codebook / np.linalg.norm(codebook, axis=1, keepdims=True)
+        return 1.0 - z @ codebook.T
+    return np.sum(np.square(z[:, None] - codebook[None]), axis=2)
+
+
+def _normal(*shape, seed=0, offset=0.0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) + offset, jnp.float32)
+
+
+# Two row chunks and two code chunks, neither full; then everything far from the origin.
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_nearest_is_the_float64_argmin(distance, offset):
+    z = _normal(xla.ROWS + 51, 7, offset=offset)
+    codebook = _normal(xla.CODES + 77, 7, seed=1, offset=offset)
+    indices = np.asarray(kernel.nearest_codes(z, codebook, distance=distance))
+    exact = _exact_distances(z, codebook, distance)
+    assert indices.dtype == np.int32
+    wrong = np.flatnonzero(indices != np.argmin(exact, axis=1))
+    # A wrong answer may only be a near-tie: the float32 score is about the codebook's mean for
+    # Euclidean distances (magnitude |z|^2 there), but about the origin for cosine (magnitude 1).
+    excess = exact[wrong, indices[wrong]] - np.min(exact[wrong], axis=1)
+    magnitude = np.max(np.var(z, axis=0)) * 7 if distance == "euclidean" else 1.0
+    assert np.all(excess <= 16 * np.finfo(np.float32).eps * magnitude)
+    if offset == 0.0 or distance == "euclidean":
+        assert len(wrong) <= 2
+        first = slice(0, 64)
+        reference = kernel.nearest_codes(
+            z[first], codebook, distance=distance, implementation="reference"
+        )
+        np.testing.assert_array_equal(reference, np.argmin(exact[first], axis=1))
+
+
+def test_ties_go_to_the_lowest_index():
+    half = _normal(xla.CODES // 2 + 37, 9)
+    codebook = jnp.concatenate([half, half[::-1], half])
+    z = _normal(257, 9, seed=1)
+    indices = np.asarray(kernel.nearest_codes(z, codebook))
+    assert np.max(indices) < len(half)
+    np.testing.assert_array_equal(indices, kernel.nearest_codes(z, half))
+    # Zero vectors are as near to every code in cosine.
+    zeros = jnp.zeros((5, 9))
+    np.testing.assert_array_equal(kernel.nearest_codes(zeros, codebook, distance="cosine"), 0)
+    grid = jnp.asarray([[0.0], [2.0], [4.0]])
+    between = jnp.asarray([[1.0], [3.0]])
+    for implementation in kernel.IMPLEMENTATIONS:
+        nearest = kernel.nearest_codes(between, grid, implementation=implementation)
+        np.testing.assert_array_equal(nearest, [0, 1])
+
+
+@pytest.mark.parametrize("implementation", sorted(kernel.IMPLEMENTATIONS))
+def test_top_k_orders_by_distance_then_index(implementation):
+    codebook = _normal(xla.CODES + 30, 4)
+    codebook = codebook.at[xla.CODES + 5].set(codebook[3])
+    z = jnp.concatenate([_normal(40, 4, seed=1), codebook[3:4]])
+    found = kernel.top_k_codes(z, codebook, k=6, implementation=implementation)
+    expected = np.argsort(_exact_distances(z, codebook), axis=1, kind="stable")[:, :6]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(np.asarray(found)[-1, :2], [3, xla.CODES + 5])
+
+
+@pytest.mark.parametrize("codes", [5, xla.CODES + 3])
+def test_soft_assignment_equals_the_reference_with_gradients(codes):
+    z, codebook = _normal(xla.ROWS + 9, 3, offset=3.0), _normal(codes, 3, seed=1, offset=3.0)
+    log_weights, probe = _normal(codes, seed=2), _normal(*z.shape, seed=3)
+
+    def value(implementation):
+        def function(z, codebook, temperature, log_weights):
+            assignment = kernel.soft_assignment(
+                z,
+                codebook,
+                temperature=temperature,
+                log_weights=log_weights,
+                implementation=implementation,
+            )
+            return jnp.mean(jnp.square(assignment.log_normalizer)) + jnp.mean(
+                probe * assignment.mean_code
+            )
+
+        operands = (z, codebook, 0.7, log_weights)
+        return jax.jit(jax.value_and_grad(function, argnums=(0, 1, 2, 3)))(*operands)
+
+    for actual, expected in zip(
+        *(jax.tree.leaves(value(i)) for i in ("xla", "reference")), strict=True
+    ):
+        scale = np.linalg.norm(expected)
+        assert np.linalg.norm(actual - expected) <= 1e-5 * scale
+
+
+def test_soft_assignment_leaves_out_codes_of_weight_zero():
+    z, codebook = _normal(6, 2), _normal(40, 2, seed=1)
+    log_weights = jnp.where(jnp.arange(40) < 35, -jnp.inf, 0.0)
+    full = kernel.soft_assignment(z, codebook, log_weights=log_weights)
+    part = kernel.soft_assignment(z, codebook[35:])
+    np.testing.assert_allclose(full.mean_code, part.mean_code, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(full.log_normalizer, part.log_normalizer, rtol=1e-5, atol=1e-6)
+
+
+def test_code_statistics():
+    z = np.array(_normal(50, 3))
+    indices = np.random.default_rng(1).integers(-1, 6, 50)
+    where = np.arange(50) != 7
+    indices[7] = 0
+    z[7] = np.nan
+    counts, sums = kernel.code_statistics(
+        jnp.asarray(z), jnp.asarray(indices), 5, where=jnp.asarray(where)
+    )
+    for code in range(5):
+        chosen = (indices == code) & where
+        assert counts[code] == np.sum(chosen)
+        np.testing.assert_allclose(sums[code], np.sum(z[chosen], axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_code_distances_are_differentiable():
+    z, codebook = _normal(6, 3), _normal(4, 3, seed=1)
+    indices = kernel.nearest_codes(z, codebook)
+    gradient = jax.grad(lambda z: jnp.sum(kernel.code_distances(z, codebook, indices)))(z)
+    np.testing.assert_allclose(gradient, 2 * (z - codebook[indices]), rtol=1e-6)
+    cosine = kernel.code_distances(z, codebook, indices, distance="cosine")
+    expected = _exact_distances(z, codebook, "cosine")
+    np.testing.assert_allclose(cosine, expected[np.arange(6), indices], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vqgan_8d_262k", "llamagen_16k"])
+def test_no_array_of_vectors_times_codes(name):
+    spec = SPECS[name]
+    z = jax.ShapeDtypeStruct((spec.vectors, spec.dim), jnp.float32)
+    codebook = jax.ShapeDtypeStruct((spec.codes, spec.dim), jnp.float32)
+    # Copies of both operands and a few chunks of scores.
+    bound = 16 * (spec.vectors + spec.codes) * (spec.dim + 1) + 16 * xla.ROWS * xla.CODES
+    assert bound < spec.vectors * spec.codes
+
+    def soft(z, codebook):
+        assignment = kernel.soft_assignment(z, codebook)
+        return jnp.sum(assignment.log_normalizer) + jnp.sum(assignment.mean_code)
+
+    for function in (
+        lambda z, c: kernel.nearest_codes(z, c, distance=spec.distance),
+        jax.grad(soft, argnums=(0, 1)),
+    ):
+        compiled = jax.jit(function).lower(z, codebook).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < bound
+
+
+def test_bad_input_has_a_defined_answer():
+    codebook = _normal(5, 3)
+    np.testing.assert_array_equal(kernel.nearest_codes(_normal(9, 3), codebook[:1]), 0)
+    assert kernel.nearest_codes(jnp.zeros((0, 3)), codebook).shape == (0,)
+    assert kernel.top_k_codes(jnp.zeros((0, 3)), codebook, k=2).shape == (0, 2)
+    assert kernel.soft_assignment(jnp.zeros((0, 3)), codebook).mean_code.shape == (0, 3)
+    z = _normal(9, 3, seed=2).at[1, 0].set(jnp.nan).at[2, 1].set(jnp.inf).at[3, 2].set(-jnp.inf)
+    broken = codebook.at[0, 0].set(jnp.nan).at[3, 1].set(jnp.inf)
+    for implementation in kernel.IMPLEMENTATIONS:
+        for distance in ("euclidean", "cosine"):
+            found = kernel.nearest_codes(
+                z, broken, distance=distance, implementation=implementation
+            )
+            assert np.all(np.asarray(found)[1:4] == 0)
+            expected = np.argmin(
+                _exact_distances(z[4:], codebook[jnp.asarray([1, 2, 4])], distance), axis=1
+            )
+            np.testing.assert_array_equal(found[4:], np.asarray([1, 2, 4])[expected])
+    assert np.isnan(kernel.code_distances(z, codebook, kernel.nearest_codes(z, codebook))[1])
+
+
+def test_bfloat16_is_decided_in_float32():
+    z, codebook = (_normal(64, 8, seed=seed).astype(jnp.bfloat16) for seed in (0, 1))
+    expected = kernel.nearest_codes(z.astype(jnp.float32), codebook.astype(jnp.float32))
+    np.testing.assert_array_equal(kernel.nearest_codes(z, codebook), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda z, c: kernel.nearest_codes(z, c[:, :2]), "project z"),
+        (lambda z, c: kernel.nearest_codes(z, c[:0]), "empty"),
+        (lambda z, c: kernel.nearest_codes(z[None], c), "flatten"),
+        (lambda z, c: kernel.nearest_codes(z, c, distance="hamming"), "hamming"),
+        (lambda z, c: kernel.nearest_codes(z, c, implementation="pallas"), "pallas"),
+        (lambda z, c: kernel.top_k_codes(z, c, k=6), "number of codes"),
+        (lambda z, c: kernel.soft_assignment(z, c, log_weights=jnp.zeros(3)), "log_weights"),
+        (lambda z, c: kernel.code_statistics(z, jnp.zeros(3, jnp.int32), 5), "indices"),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.zeros((4, 3)), jnp.zeros((5, 3)))
+
+
+def test_a_named_implementation_is_the_one_that_runs(monkeypatch):
+    monkeypatch.delattr(xla, "nearest_codes")
+    z, codebook = _normal(3, 13), _normal(5, 13, seed=1)  # a shape no other test has compiled
+    assert kernel.nearest_codes(z, codebook, implementation="reference").shape == (3,)
+    with pytest.raises(AttributeError):
+        kernel.nearest_codes(z, codebook, implementation="xla")
+
+
+def test_bench_reports_a_baseline_in_the_same_row(monkeypatch):
+    tiny = SPECS["llamagen_16k"]._replace(vectors=32, codes=64)
+    monkeypatch.setitem(SPECS, "tiny", tiny)
+    (row,) = bench.rows(["tiny"], repeats=2)
+    assert row["fastest_milliseconds"] <= row["milliseconds"] <= row["slowest_milliseconds"]
+    assert row["full_matrix_milliseconds"] > 0 and row["codes"] == 64

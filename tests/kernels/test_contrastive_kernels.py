@@ -1,0 +1,142 @@
+"""The streamed reductions equal the obvious ones, in linear memory."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from repalign.kernels.contrastive import api, reference, xla
+from repalign.kernels.contrastive.specs import SHAPES
+
+ROWS, COLUMNS, DIM = 19, 23, 5
+
+IDS = (jnp.arange(ROWS) // 2, jnp.arange(COLUMNS))
+GROUPS = (jnp.arange(ROWS) % 3, jnp.arange(COLUMNS) % 4)
+WHERE = jnp.arange(COLUMNS) % 5 != 1
+
+
+def arrays(dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b = jax.random.normal(keys[0], (ROWS, DIM)), jax.random.normal(keys[1], (COLUMNS, DIM))
+    return a.astype(dtype), b.astype(dtype), jax.random.uniform(keys[2], (ROWS,), minval=0.5, maxval=1.5)
+
+
+def log_sum_exp(implementation, a, b, scale, bias, *, options):
+    return api.log_sum_exp(a, b, scale=scale, implementation=implementation, **options)
+
+
+def sigmoid_loss(implementation, a, b, scale, bias, *, options):
+    return api.sigmoid_loss(a, b, scale=scale, bias=bias, implementation=implementation, **options)
+
+
+CASES = {
+    "all": (log_sum_exp, {}),
+    "exclude": (log_sum_exp, {"exclude": IDS}),
+    "include": (log_sum_exp, {"exclude": IDS, "include": GROUPS, "where": WHERE}),
+    "sigmoid": (sigmoid_loss, {"positive": IDS, "where": WHERE}),
+}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(xla, "BLOCK", 8)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_streamed_equals_reference(case, dtype, small_blocks):
+    function, options = CASES[case]
+    a, b, weights = arrays(dtype)
+
+    def run(implementation):
+        def total(a, b, scale, bias):
+            values = function(implementation, a, b, scale, bias, options=options)
+            return jnp.sum(weights * jnp.where(jnp.isfinite(values), values, 0.0)), values
+
+        return jax.jit(jax.grad(total, (0, 1, 2, 3), has_aux=True))(a, b, 3.0, -2.0)
+
+    (expected_grads, expected), (grads, values) = run("reference"), run("xla")
+    np.testing.assert_allclose(values, expected, rtol=2e-6)
+    tolerance = 1e-5 if dtype == jnp.float32 else 1e-2  # the gradient itself is rounded to bfloat16
+    for grad, known in zip(grads, expected_grads, strict=True):
+        assert grad.dtype == known.dtype
+        grad, known = np.asarray(grad, np.float32), np.asarray(known, np.float32)
+        assert np.linalg.norm(grad - known) <= tolerance * np.linalg.norm(known)
+
+
+def test_against_a_loop_over_entries():
+    a, b, _ = (np.asarray(x, np.float64) for x in arrays())
+    kept = (IDS[0][:, None] != IDS[1]) & (GROUPS[0][:, None] == GROUPS[1]) & WHERE
+    expected = [
+        np.log(sum(np.exp(1.5 * a[i] @ b[j]) for j in range(COLUMNS) if kept[i, j]))
+        for i in range(ROWS)
+    ]
+    options = {"exclude": IDS, "include": GROUPS, "where": WHERE}
+    actual = api.log_sum_exp(jnp.asarray(a), jnp.asarray(b), scale=1.5, **options)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", api.IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_empty_rows_and_large_logits_stay_finite(implementation, scale, small_blocks):
+    a, b, weights = arrays()
+    where = jnp.zeros(COLUMNS, bool)
+    empty = api.log_sum_exp(a, b, scale=scale, where=where, implementation=implementation)
+    assert np.all(np.isneginf(empty))
+
+    def total(a, b, scale, where):
+        values = api.log_sum_exp(a, b, scale=scale, where=where, implementation=implementation)
+        return jnp.sum(weights * jnp.where(jnp.isfinite(values), values, 0.0))
+
+    for mask in (where, WHERE):
+        value, grads = jax.value_and_grad(total, (0, 1, 2))(a, b, scale, mask)
+        assert all(np.all(np.isfinite(x)) for x in (value, *grads))
+    masked = jax.grad(total, (0, 1))(a, b, scale, where)
+    assert all(np.all(x == 0.0) for x in masked)
+
+
+def test_choice():
+    assert api.choose(8192, 8192) == "reference"
+    assert api.choose(8193, 8192) == "xla"
+    assert api.choose(256, 65536) == "reference"
+    a, b, _ = arrays()
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'; valid: reference, xla"):
+        api.log_sum_exp(a, b, scale=1.0, implementation="cuda")
+    with pytest.raises(ValueError, match="expected"):
+        api.log_sum_exp(a, b.T, scale=1.0)
+    with pytest.raises(ValueError, match="masks the 23 columns"):
+        api.log_sum_exp(a, b, scale=1.0, where=jnp.ones(ROWS, bool))
+
+
+def temp_bytes(function, examples, dim):
+    shape = jax.ShapeDtypeStruct((examples, dim), jnp.float32)
+    step = jax.jit(jax.grad(lambda a, b: jnp.sum(function(a, b)), (0, 1)))
+    return step.lower(shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_linear_in_the_batch():
+    spec = SHAPES["clip_vit_b_16k"]._replace(dim=128)
+    ids = jnp.arange(spec.examples)
+    pair = (ids, ids)
+    streamed = functools.partial(api.log_sum_exp, scale=10.0, exclude=pair)
+    sigmoid = functools.partial(api.sigmoid_loss, scale=10.0, bias=-10.0, positive=pair)
+    matrix = 4 * spec.examples**2
+    inputs = 2 * 4 * spec.examples * spec.dim
+    for function in (streamed, sigmoid):
+        assert temp_bytes(function, spec.examples, spec.dim) < 5 * inputs + 8 * 4 * xla.BLOCK**2
+    # The test can fail: the obvious form needs the matrix.
+    dense = functools.partial(streamed, implementation="reference")
+    assert temp_bytes(dense, spec.examples, spec.dim) > matrix
+
+
+def test_reference_is_the_definition():
+    a, b, _ = arrays()
+    logits = 2.0 * a @ b.T
+    np.testing.assert_allclose(
+        reference.log_sum_exp(a, b, jnp.asarray(2.0), None, None, None),
+        jax.nn.logsumexp(logits, axis=1),
+        rtol=1e-6,
+    )
