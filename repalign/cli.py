@@ -73,15 +73,15 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def reproduce(arguments: Sequence[str]) -> int:
-    """reproduce KEY [--seeds N] [--rows A,B] [--workdir DIR] [--format text|json] [--config.x=y ...]
+    """reproduce KEY [--seeds N] [--rows A,B] [--jobs N] [--workdir DIR] [--format text|json] [--config.x=y]
 
     Runs what is missing of a paper's table and prints it with a verdict for each claim. Rows are
-    named by title or variant; --config overrides apply to every row. Writes table.md, table.json
+    named by title or variant; --config overrides apply to every row; --jobs rows run at once. Writes table.md, table.json
     and figure.png to the workdir.
     """
     own, overrides = _split_overrides(arguments)
     flag_values = _parse(
-        own, reproduce, positional=1, seeds=0, rows=None, workdir=None, format="text"
+        own, reproduce, positional=1, seeds=0, jobs=1, rows=None, workdir=None, format="text"
     )
     _use_compilation_cache()
     from repalign.tables import render
@@ -93,7 +93,12 @@ def reproduce(arguments: Sequence[str]) -> int:
     rows = None if flag_values.rows is None else _row_names(flag_values.rows)
     try:
         evaluation = run_table(
-            key, workdir, seeds=flag_values.seeds or None, rows=rows, overrides=overrides
+            key,
+            workdir,
+            seeds=flag_values.seeds or None,
+            rows=rows,
+            overrides=overrides,
+            jobs=flag_values.jobs,
         )
     except TrainingDiverged as error:
         print(f"repalign: {error}", file=sys.stderr)

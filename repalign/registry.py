@@ -56,7 +56,7 @@ def resolve(path: str) -> Callable[..., Any]:
     Raises:
         UserError: no such module or name in it.
     """
-    module_name, separator, name = path.rpartition(":" if ":" in path else ".")
+    module_name, separator, wanted = path.rpartition(":" if ":" in path else ".")
     if not separator:
         raise UserError(f"{path!r} is not the path of a function, such as 'losses.contrastive.nt_xent'.")
     full_name = module_name if separator == ":" else f"repalign.{module_name}"
@@ -66,11 +66,10 @@ def resolve(path: str) -> Callable[..., Any]:
         if error.name is None or not full_name.startswith(error.name):
             raise
         raise UserError(f"there is no module {full_name!r} (from the name {path!r}).") from error
-    return lookup(
-        {candidate: getattr(module, candidate) for candidate in public_names(module)},
-        name,
-        kind=f"function in {full_name}",
-    )
+    # A module of this package offers what it defines, a foreign one also what it re-exports.
+    names = vars(module) if separator == ":" else public_names(module)
+    functions = {name: getattr(module, name) for name in names if callable(getattr(module, name))}
+    return lookup(functions, wanted, kind=f"function in {full_name}")
 
 
 def from_section(cls: type[Value], section: Mapping[str, Any], *, place: str) -> Value:

@@ -16,7 +16,6 @@ from repalign.tables.table import Column, ShareOfGain, StepsToReach, Table
 TRAIN = {"name": "data.fashion_mnist.fashion_mnist", "split": "train"}
 TEST = {"name": "data.fashion_mnist.fashion_mnist", "split": "test"}
 SELF_SUPERVISED = {"encoder": "trained", "config": "simclr:fashion_mnist"}
-SUPERVISED = {"encoder": "trained", "config": "classifier:fashion_mnist_teacher"}
 
 
 def small(
@@ -104,7 +103,6 @@ VARIANTS = {
     "shuffled_teacher": functools.partial(small, teacher=SELF_SUPERVISED, control="shuffled"),
     "constant_teacher": functools.partial(small, teacher=SELF_SUPERVISED, control="constant"),
     "efficientnet_teacher": functools.partial(small, teacher={"encoder": "efficientnet_lite0"}),
-    "supervised_teacher": functools.partial(small, teacher=SUPERVISED),
     **{
         f"repa_depth_{depth}": functools.partial(small, teacher=SELF_SUPERVISED, depth=depth)
         for depth in (1, 3, 4)
@@ -130,7 +128,6 @@ TABLE = Table(
         "SiT + REPA, shuffled teacher": "shuffled_teacher",
         "SiT + REPA, constant teacher": "constant_teacher",
         "SiT + REPA, ImageNet teacher": "efficientnet_teacher",
-        "SiT + REPA, label-trained teacher": "supervised_teacher",
     },
     columns=(
         Column("frechet_distance", better="lower"),

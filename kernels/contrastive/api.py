@@ -30,8 +30,8 @@ def log_sum_exp(
 ) -> Array:
     """Returns ``log sum_j exp(scale <a_i, b_j>)`` for every row i.
 
-    The sum runs over the counted columns: ``where[j]`` holds, ``exclude[0][i] != exclude[1][j]`` and
-    ``include[0][i] == include[1][j]``. A row with none gets -inf and a zero gradient.
+    The sum runs over the counted columns: ``where[j]`` holds, ``exclude[0][i] != exclude[1][j]``
+    and ``include[0][i] == include[1][j]``. A row with none gets -inf and a zero gradient.
 
     Args:
         a: rows ``[M, D]``. Computed in float32 (float64 stays float64).

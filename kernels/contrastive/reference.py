@@ -51,7 +51,7 @@ def log_sum_exp(
 def sigmoid_loss(
     a: Array, b: Array, scale: Array, bias: Array, positive: Ids, where: Array | None
 ) -> Array:
-    """Returns ``sum_j softplus(-y_ij (s_ij + bias))``, y = +1 where the ids match and -1 elsewhere."""
+    """Returns ``sum_j softplus(-y_ij (s_ij + bias))``, y = +1 where ids match, else -1."""
     logits = scale * inner_products(a, b) + bias
     terms = jax.nn.softplus(jnp.where(matches(positive), -logits, logits))
     return jnp.sum(terms if where is None else jnp.where(where[None, :], terms, 0.0), axis=1)

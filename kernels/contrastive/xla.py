@@ -2,7 +2,8 @@
 
 Rows are cut into strided blocks (row ``c * blocks + k`` belongs to block ``k``), so that a batch
 sharded over devices leaves every device an equal part of every block; columns are replicated once
-and cut into contiguous blocks. The two gradients come from two passes, one that streams columns past
+and cut into contiguous blocks. The two gradients come from two passes, one that streams columns
+past
 the rows and one that streams rows past the columns: an extra matmul, but no sum over devices inside
 a loop.
 """
@@ -21,7 +22,7 @@ BLOCK = 1024
 """The largest number of rows, and of columns, in a block: 4 MiB of float32 logits."""
 
 Side = dict[str, Array]
-"""What is known of every row, or of every column: ``vectors``, and whichever of ids, mask, value."""
+"""What is known of every row, or of every column: ``vectors``, and any ids and masks."""
 
 
 def replicate(side: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -33,8 +34,8 @@ def _in_pairs(
     students: Array | Sequence[Array], teachers: Array | Sequence[Array]
 ) -> list[tuple[Array, Array]]:
     """Returns the (student, teacher) pairs of two arrays or of two sequences of equal length."""
-    students = [students] if isinstance(students, jax.Array) else list(students)
-    teachers = [teachers] if isinstance(teachers, jax.Array) else list(teachers)
+    students = [students] if isinstance(students, jax.Array | np.ndarray) else list(students)
+    teachers = [teachers] if isinstance(teachers, jax.Array | np.ndarray) else list(teachers)
     if len(students) != len(teachers) or not teachers:
         raise ValueError(
             f"{len(students)} student arrays for {len(teachers)} teachers: pass one student array "
@@ -71,7 +72,7 @@ def repa(
     Raises:
         ValueError: unequal numbers of projections and teachers, or unequal shapes in a pair.
 
-    Source: Yu et al., Representation Alignment for Generation (arXiv:2410.06940), eq. 8;
+    Source: Yu et al., Representation Alignment for Generation (arXiv:2410.06940), L_REPA;
     sihyun-yu/REPA@67f7145:loss.py:78-88, which averages the same terms over the batch. A zero
     token has similarity and gradient 0 here (torch's ``normalize`` clamps the norm at 1e-12).
     """
@@ -121,7 +122,7 @@ def attention_alignment(
     Raises:
         ValueError: unequal numbers of layers, or unequal shapes in a pair.
 
-    Source: Wang et al., HASTE (arXiv:2505.16792), eq. 5; NUS-HPC-AI-Lab/HASTE@eb7b1f1:
+    Source: Wang et al., HASTE (arXiv:2505.16792); NUS-HPC-AI-Lab/HASTE@eb7b1f1:
     loss.py:94-101.
     """
     losses = []
@@ -186,7 +187,7 @@ def foundation_model_alignment(
         features: the frozen model's tokens on the same grid; no gradient.
         cosine_margin: 0.5 and ``distance_margin`` 0.25 are the released configuration's.
 
-    Source: Yao et al., VA-VAE (arXiv:2501.01423), eq. 4-7; hustvl/LightningDiT@2725fed:
+    Source: Yao et al., VA-VAE (arXiv:2501.01423); hustvl/LightningDiT@2725fed:
     vavae/ldm/modules/losses/contperceptual.py:123-134. The adaptive weight, a ratio of gradient
     norms, belongs to the training step.
     """

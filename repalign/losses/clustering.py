@@ -51,7 +51,7 @@ def sinkhorn(
     Raises:
         ValueError: ``iterations`` below 1.
 
-    Source: Cuturi (arXiv:1306.0895); Caron et al., SwAV (arXiv:2006.09882), eq. 3-5;
+    Source: Cuturi (arXiv:1306.0895); Caron et al., SwAV (arXiv:2006.09882), section 3;
     lightly-ai/lightly@e8d317f:lightly/loss/swav_loss.py (the same iterates, there with exp).
     """
     if iterations < 1:
@@ -91,7 +91,7 @@ def swapped_assignment(
     Raises:
         ValueError: fewer than two views, none of high resolution, or a queue of another length.
 
-    Source: Caron et al. (arXiv:2006.09882), eq. 1-2; lightly-ai/lightly@e8d317f:
+    Source: Caron et al. (arXiv:2006.09882), section 3; lightly-ai/lightly@e8d317f:
     lightly/loss/swav_loss.py.
     """
     views = [*high, *low]
@@ -173,7 +173,7 @@ def dino(
     Raises:
         ValueError: no pair of different views.
 
-    Source: Caron et al. (arXiv:2104.14294), eq. 3-4; lightly-ai/lightly@e8d317f:
+    Source: Caron et al. (arXiv:2104.14294); lightly-ai/lightly@e8d317f:
     lightly/loss/dino_loss.py.
     """
     scores = jnp.stack([as_float(view) for view in teacher])
@@ -213,7 +213,7 @@ def ibot(
         Per example the mean over its masked tokens (0 if there is none), and the new centre, a
         running mean over all tokens. The class token's term is ``dino``.
 
-    Source: Zhou et al. (arXiv:2111.07832), eq. 2; bytedance/ibot@da316d8:main_ibot.py:530-572.
+    Source: Zhou et al. (arXiv:2111.07832); bytedance/ibot@da316d8:main_ibot.py:530-572.
     """
     targets = _teacher_probabilities(teacher, center, teacher_temp)
     entropy = jnp.where(masked, _cross_entropy(targets, student, student_temp), 0.0)
@@ -248,7 +248,7 @@ def msn(
     Embeddings and prototypes are normalised inside. A batch statistic, hence a scalar. Gradients
     reach anchors and prototypes, through the predictions only.
 
-    Source: Assran et al. (arXiv:2204.07141), eq. 1-2; facebookresearch/msn@4388dc1:
+    Source: Assran et al. (arXiv:2204.07141); facebookresearch/msn@4388dc1:
     src/losses.py:33-90.
     """
     prototypes = l2_normalize(prototypes)
@@ -288,7 +288,7 @@ def capi_clustering(
     Returns:
         The loss, and the assignments, which carry no gradient: targets of ``capi_prediction``.
 
-    Source: Darcet et al. (arXiv:2502.08769), section 3; facebookresearch/capi@98b4fa1:
+    Source: Darcet et al. (arXiv:2502.08769); facebookresearch/capi@98b4fa1:
     model.py:513-563 (there exp with 1e-8 added to every sum; here the log domain).
     """
     fixed = lax.stop_gradient(scores)

@@ -1,12 +1,12 @@
 """Contrastive losses on pairs of views: the softmax family, the sigmoid loss and their relatives.
 
-Every loss acts on the whole batch that it is given and returns one value per anchor. The softmax and
-sigmoid losses never hold more than ``kernels.contrastive.api.DENSE_ENTRIES`` logits: larger batches are
-streamed in blocks, with the same values and gradients (reverse mode, first order). ``where`` masks
+Every loss acts on the whole batch that it is given and returns one value per anchor. The softmax
+and sigmoid losses never hold more than ``kernels.contrastive.api.DENSE_ENTRIES`` logits: larger
+batches are streamed in blocks, with the same values and gradients (reverse mode, first order).
+``where`` masks
 examples: a masked example is neither an anchor nor a negative, and its value is 0.
 """
 
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,17 +38,17 @@ def info_nce(
     symmetric: bool = False,
     negatives: Float[Array, "queue dim"] | None = None,
     positives: Bool[Array, "batch batch"] | None = None,
-    aggregate: Literal["outside", "inside"] = "outside",
+    aggregate: str = "outside",
     where: Bool[Array, "batch"] | None = None,
 ) -> Float[Array, "batch"]:
     """InfoNCE: each query has to find its own key among all keys and the queue.
 
-    ``-log( e^{q_i.k_i/t} / (sum_j e^{q_i.k_j/t} + sum_n e^{q_i.n/t}) )`` on unit vectors (normalised
-    inside), at least 0. With ``positives`` every marked key is one, aggregated as in SupCon:
-    ``"outside"`` averages the log-probabilities of the positives, ``"inside"`` takes the log of
-    their summed probability (MIL-NCE); a query without any gives 0. Nothing is stop-gradiented:
-    pass a momentum encoder's keys through ``lax.stop_gradient``. ``positives`` is a [batch, batch]
-    array of the caller's, so that form computes all logits at once at any size.
+    ``-log( e^{q_i.k_i/t} / (sum_j e^{q_i.k_j/t} + sum_n e^{q_i.n/t}) )`` on unit vectors
+    (normalised inside), at least 0. With ``positives`` every marked key is one, aggregated as in
+    SupCon: ``"outside"`` averages the log-probabilities of the positives, ``"inside"`` takes the
+    log of their summed probability (MIL-NCE); a query without any gives 0. Nothing is
+    stop-gradiented: pass a momentum encoder's keys through ``lax.stop_gradient``. ``positives`` is
+    a [batch, batch] array of the caller's, so that form computes all logits at once at any size.
 
     Args:
         queries: [N, D].
@@ -68,17 +68,20 @@ def info_nce(
         UserError: an unknown name; so for every option of this module that is a name.
 
     Source: van den Oord et al. 2018 (CPC), eq. 4; He et al. 2020 (MoCo), eq. 1, and
-    facebookresearch/moco@7397dfe moco/builder.py (MoCo.forward); Miech et al. 2020 (MIL-NCE), eq. 1.
+    facebookresearch/moco@7397dfe moco/builder.py (MoCo.forward); Miech et al. 2020 (MIL-NCE).
     """
     if symmetric and negatives is not None:
         raise ValueError(
-            "symmetric InfoNCE has no use for a queue of keys: leave out `negatives` or `symmetric`."
+            "symmetric InfoNCE has no use for a queue of keys: "
+            "leave out `negatives` or `symmetric`."
         )
     queries, keys = l2_normalize(queries), l2_normalize(keys)
     if symmetric:
         transposed = None if positives is None else positives.T
         there = _one_way(queries, keys, temperature, None, positives, aggregate, where)
-        return 0.5 * (there + _one_way(keys, queries, temperature, None, transposed, aggregate, where))
+        return 0.5 * (
+            there + _one_way(keys, queries, temperature, None, transposed, aggregate, where)
+        )
     return _one_way(queries, keys, temperature, negatives, positives, aggregate, where)
 
 
@@ -122,8 +125,9 @@ def nt_xent(
     Returns:
         [2N]: the anchors of ``a``, then those of ``b``.
 
-    Source: Chen et al. 2020 (SimCLR), eq. 1; google-research/simclr@67b5625 tf2/objective.py (add_contrastive_loss). There a view
-    is taken out by subtracting 1e9 from its logit, here exactly.
+    Source: Chen et al. 2020 (SimCLR), eq. 1; google-research/simclr@67b5625 tf2/objective.py
+    (add_contrastive_loss). There a view is taken out by subtracting 1e9 from its logit, here
+    exactly.
     """
     a, b = l2_normalize(a), l2_normalize(b)
     views, ids = _interleave(a, b), jnp.arange(2 * len(a))
@@ -150,7 +154,7 @@ def dcl_one_way(
     *,
     temperature: ArrayLike,
     weights: Float[Array, "batch"] | None = None,
-    masking: Literal["excluded", "additive"] = "excluded",
+    masking: str = "excluded",
     where: Bool[Array, "batch"] | None = None,
 ) -> Float[Array, "batch"]:
     """Decoupled contrastive loss of the anchors ``a``, inputs taken as they are.
@@ -164,8 +168,8 @@ def dcl_one_way(
         temperature: positive scalar.
         weights: [N], of the positive term; 1 without.
         masking: ``"excluded"`` leaves the anchor and its positive out; ``"additive"`` adds
-            log(1e-45) = -103.6 to their logits instead, which is not negligible once ``1 / t`` comes
-            near 100.
+            log(1e-45) = -103.6 to their logits instead, which is not negligible once ``1 / t``
+            comes near 100.
         where: [N]; examples to use.
 
     Returns:
@@ -193,7 +197,7 @@ def dcl(
     b: Float[Array, "batch dim"],
     *,
     temperature: ArrayLike,
-    masking: Literal["excluded", "additive"] = "excluded",
+    masking: str = "excluded",
     where: Bool[Array, "batch"] | None = None,
 ) -> Float[Array, "anchors"]:
     """Decoupled contrastive loss in both directions: ``dcl_one_way`` on unit vectors.
@@ -214,8 +218,8 @@ def dclw(
     *,
     temperature: ArrayLike,
     sigma: ArrayLike = 0.5,
-    normalizer: Literal["mean", "sum"] = "mean",
-    masking: Literal["excluded", "additive"] = "excluded",
+    normalizer: str = "mean",
+    masking: str = "excluded",
     where: Bool[Array, "batch"] | None = None,
 ) -> Float[Array, "anchors"]:
     """DCL whose positives weigh more where they are far apart (negative von Mises-Fisher weights).
@@ -255,15 +259,16 @@ def sup_con(
     labels: Int[Array, "batch"],
     *,
     temperature: ArrayLike,
-    aggregate: Literal["outside", "inside"] = "outside",
+    aggregate: str = "outside",
     base_temperature: ArrayLike | None = None,
     where: Bool[Array, "batch"] | None = None,
 ) -> Float[Array, "batch"]:
     """Supervised contrastive loss: all other members of the anchor's class are its positives.
 
-    ``"outside"``: ``-1/|P_i| sum_{p in P_i} log( e^{cos(x_i, x_p)/t} / sum_{j != i} e^{cos(x_i, x_j)/t} )``;
-    ``"inside"``: ``-log( 1/|P_i| sum_{p in P_i} e^{cos(x_i, x_p)/t} / sum_{j != i} e^{...} )``. Inputs
-    are normalised inside. An anchor without a positive gives 0.
+    ``"outside"``:
+    ``-1/|P_i| sum_{p in P_i} log( e^{cos(x_i, x_p)/t} / sum_{j != i} e^{cos(x_i, x_j)/t} )``;
+    ``"inside"``: ``-log( 1/|P_i| sum_{p in P_i} e^{cos(x_i, x_p)/t} / sum_{j != i} e^{...} )``.
+    Inputs are normalised inside. An anchor without a positive gives 0.
 
     Args:
         x: [N, D]; several views of an image are several rows with one label.
@@ -305,21 +310,23 @@ def clip(
     logit_scale: ArrayLike,
     where: Bool[Array, "batch"] | None = None,
 ) -> Float[Array, "batch"]:
-    """CLIP's loss: symmetric InfoNCE with a learned scale, ``s_ij = e^{logit_scale} cos(a_i, b_j)``.
+    """CLIP's loss: symmetric InfoNCE, learned scale, ``s_ij = e^{logit_scale} cos(a_i, b_j)``.
 
     ``(log sum_j e^{s_ij} + log sum_j e^{s_ji}) / 2 - s_ii``, at least 0; normalised inside.
 
     Args:
         a: [N, D], e.g. images.
         b: [N, D], e.g. texts.
-        logit_scale: scalar, the natural logarithm of the scale (CLIP starts at log(1/0.07) and keeps
+        logit_scale: scalar, the natural logarithm of the scale (CLIP starts at log(1/0.07) and
+        keeps
             it below log(100); the clamp belongs to the optimizer step).
         where: [N]; examples to use.
 
     Returns:
         [N].
 
-    Source: Radford et al. 2021 (CLIP), fig. 3; mlfoundations/open_clip@b01786f src/open_clip/loss.py (ClipLoss).
+    Source: Radford et al. 2021 (CLIP), fig. 3; mlfoundations/open_clip@b01786f
+    src/open_clip/loss.py (ClipLoss).
     """
     a, b, scale = l2_normalize(a), l2_normalize(b), jnp.exp(jnp.asarray(logit_scale, jnp.float32))
     rows = log_sum_exp(a, b, scale=scale, where=where)
@@ -368,7 +375,7 @@ def spectral_contrastive(
     """Spectral contrastive loss: a low-rank factorisation of the augmentation graph.
 
     ``(-2 <a_i, b_i> + 1/(N - 1) sum_{j != i} <a_i, b_j>^2) / mu``, after vectors longer than
-    ``sqrt(mu)`` have been scaled back to that length. The squares are summed as ``a_i^T (B^T B) a_i``,
+    ``sqrt(mu)`` have been scaled back to that length. The squares sum to ``a_i^T (B^T B) a_i``,
     in O(N D^2) and without a matrix of pairs. A single example has no second term.
 
     Args:
@@ -403,7 +410,7 @@ def triplet(
     negative: Float[Array, "batch dim"],
     *,
     margin: ArrayLike,
-    distance: Literal["squared_euclidean", "euclidean", "cosine"] = "squared_euclidean",
+    distance: str = "squared_euclidean",
 ) -> Float[Array, "batch"]:
     """Triplet loss ``max(0, d(anchor, positive) - d(anchor, negative) + margin)``.
 

@@ -22,7 +22,7 @@ def cka_loss(
     the product of squared norms under the root, so that constant representations cost 1. Both
     sides receive gradients (stop a teacher's outside). Invariant to rotations and to scale.
 
-    Source: Kornblith et al. (arXiv:1905.00414), eq. 3.
+    Source: Kornblith et al. (arXiv:1905.00414), with the linear kernel.
     """
     a, _ = centered(a, where)
     b, _ = centered(b, where)
@@ -49,7 +49,7 @@ def cca_loss(
     the covariances plus ``regularization`` times the identity. A batch statistic: the batch should
     be several times wider than the representation. Both sides receive gradients.
 
-    Source: Andrew et al., Deep CCA (ICML 2013), eq. 9-10.
+    Source: Andrew et al., Deep CCA (ICML 2013), its regularised objective.
     """
     a, count = centered(a, where)
     b, _ = centered(b, where)

@@ -66,7 +66,7 @@ def feature_distillation(
         facebookresearch/ijepa@52c1ae9:src/train.py:295-313.
     SRA (arXiv:2505.02831): smooth_l1, 0.05, none, all; the teacher is the EMA model's later block
         at less noise; vvvvvjdy/SRA@1723f85:SiT-SRA/loss.py:10-25.
-    FitNets (arXiv:1412.6550), eq. 3: l2, none. MR-MAE (arXiv:2303.05475): l2, l2, visible.
+    FitNets (arXiv:1412.6550): l2, none. MR-MAE (arXiv:2303.05475): l2, l2, visible.
     dBOT and Latent MIM divide by the unbiased variance, FD and I-JEPA by the biased one, as here.
     """
     measure = lookup(_DISTANCES, distance, kind="distance")
@@ -112,7 +112,7 @@ def relational_distance(
     Distances are divided by the mean of the positive ones; the widths may differ. The mean of the
     result is the official loss (all N^2 pairs, the diagonal included).
 
-    Source: Park et al. (arXiv:1904.05068), eq. 3-5; lenscloth/RKD@0a6c3c0:metric/loss.py:136-148.
+    Source: Park et al. (arXiv:1904.05068); lenscloth/RKD@0a6c3c0:metric/loss.py:136-148.
     """
 
     def normalised(x):
@@ -135,7 +135,7 @@ def relational_angle(
     time, so the memory is quadratic in the batch, not cubic. The mean of the result is the
     official loss.
 
-    Source: Park et al. (arXiv:1904.05068), eq. 6-8; lenscloth/RKD@0a6c3c0:metric/loss.py:118-133.
+    Source: Park et al. (arXiv:1904.05068); lenscloth/RKD@0a6c3c0:metric/loss.py:118-133.
     """
     student, teacher = as_float(student), lax.stop_gradient(as_float(teacher))
 
@@ -156,7 +156,7 @@ def attention_transfer(
     """Squared difference of normalised activation maps, averaged over the tokens.
 
     The map of an example is ``mean_d x_td^2``, scaled to unit length over its tokens.
-    Source: Zagoruyko & Komodakis (arXiv:1612.03928), eq. 2 (p = 2, here squared, as in their
+    Source: Zagoruyko & Komodakis (arXiv:1612.03928) (p = 2, here squared, as in their
     code).
     """
 
@@ -174,7 +174,7 @@ def gram_style(
     """``||G(s) - G(t)||_F^2`` with the channels' Gram matrix ``G(x) = x^T x / (T D)``.
 
     It compares which channels are active together, wherever they are. Source: Johnson et al.
-    (arXiv:1603.08155), eq. 3-4. (For Gram matrices over tokens: ``alignment.
+    (arXiv:1603.08155). (For Gram matrices over tokens: ``alignment.
     self_similarity_alignment``.)
     """
 
@@ -196,7 +196,7 @@ def token_relation_distillation(
 
     Any pair of projections may stand for Q and K: queries and keys distil attention, values with
     values the value relations; the widths may differ, the number of relation heads not.
-    Source: Wang et al., MiniLMv2 (arXiv:2012.15828), eq. 3-5.
+    Source: Wang et al., MiniLMv2 (arXiv:2012.15828).
     """
 
     def log_relations(queries, keys):

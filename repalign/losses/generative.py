@@ -65,7 +65,7 @@ def negative_elbo(
 ) -> Float[Array, "batch"]:
     """``-log p(x|z) + beta KL(q(z|x) || p(z))`` per example: the beta-VAE loss, VAE's at beta 1.
 
-    Source: Higgins et al. (ICLR 2017), eq. 4; Kingma & Welling (arXiv:1312.6114), eq. 3.
+    Source: Higgins et al. (ICLR 2017), eq. 4; Kingma & Welling (arXiv:1312.6114).
     """
     return as_float(divergence) * beta - as_float(log_likelihood)
 
@@ -74,7 +74,7 @@ def negative_iwae(log_weights: Num[Array, "samples batch"]) -> Float[Array, "bat
     """``-log (1/K) sum_k w_k`` per example, ``w_k = p(x, z_k) / q(z_k|x)`` given as logarithms.
 
     One sample gives the ELBO; the bound tightens with K. Source: Burda et al.
-    (arXiv:1509.00519), eq. 8.
+    (arXiv:1509.00519), L_k.
     """
     log_weights = as_float(log_weights)
     return math.log(log_weights.shape[0]) - jax.nn.logsumexp(log_weights, axis=0)

@@ -25,10 +25,10 @@ def hard_negative_nt_xent(
     With ``s_ij = cos(z_i, z_j)/t``, M negatives (both views of the other examples) and weights
     ``w_ij = e^{beta s_ij} / mean_j e^{beta s_ij}``:
     ``g_i = max( (sum_j w_ij e^{s_ij} - prior M e^{s_i+}) / (1 - prior), M e^{-1/t} )`` and the loss
-    is ``-log( e^{s_i+} / (e^{s_i+} + g_i) )``, at least 0. ``concentration=0`` is the debiased loss of
-    Chuang et al. 2020; with ``class_prior=0`` as well it is NT-Xent. Inputs are normalised inside;
-    gradients flow through the weights, as in the official code. All of it is computed in the log
-    domain (the official ratio overflows below t = 0.012) and streamed for large batches.
+    is ``-log( e^{s_i+} / (e^{s_i+} + g_i) )``, at least 0. ``concentration=0`` is the debiased
+    loss of Chuang et al. 2020; with ``class_prior=0`` as well it is NT-Xent. Inputs are normalised
+    inside; gradients flow through the weights, as in the official code. All of it is computed in
+    the log domain (the official ratio overflows below t = 0.012) and streamed for large batches.
 
     Args:
         a: [N, D], first views.
@@ -80,9 +80,9 @@ def cluster_restricted_info_nce(
 ) -> Float[Array, "batch"]:
     """InfoNCE whose negatives come from the query's own cluster only.
 
-    ``-log( e^{q_i.k_i/t} / (e^{q_i.k_i/t} + sum_{j != i, c_j = c_i} e^{q_i.k_j/t}) )`` on unit vectors
-    (normalised inside): what told the clusters apart no longer helps, so a further stage has to
-    learn something else. A query alone in its cluster gives 0.
+    ``-log( e^{q_i.k_i/t} / (e^{q_i.k_i/t} + sum_{j != i, c_j = c_i} e^{q_i.k_j/t}) )`` on unit
+    vectors (normalised inside): what told the clusters apart no longer helps, so a further stage
+    has to learn something else. A query alone in its cluster gives 0.
 
     Args:
         queries: [N, D].
@@ -152,7 +152,9 @@ def mix_hard_negatives(
     Source: Kalantidis et al. 2020 (MoCHi), sections 4.1 and 4.2.
     """
     if not 1 <= hardest <= len(queue):
-        raise ValueError(f"`hardest` is {hardest}, but the queue holds {len(queue)}: 1 to that many.")
+        raise ValueError(
+            f"`hardest` is {hardest}, but the queue holds {len(queue)}: 1 to that many."
+        )
     queries, queue = lax.stop_gradient(queries), lax.stop_gradient(queue)
     ranked = lax.top_k(inner_products(queries, queue), hardest)[1]
     first_key, second_key, third_key, alpha_key, beta_key = jax.random.split(key, 5)
@@ -181,9 +183,10 @@ def mochi(
 ) -> Float[Array, "batch"]:
     """MoCHi: MoCo's InfoNCE with hard negatives mixed in feature space.
 
-    ``-log( e^{q.k/t} / (e^{q.k/t} + sum_{n in queue} e^{q.n/t} + sum_h e^{q.h/t}) )`` on unit vectors
-    (normalised inside), h over ``mix_hard_negatives``. Queue and mixtures are stop-gradiented (for
-    the mixtures with the query the paper does not say; no official code is public); ``keys`` are not.
+    ``-log( e^{q.k/t} / (e^{q.k/t} + sum_{n in queue} e^{q.n/t} + sum_h e^{q.h/t}) )`` on unit
+    vectors (normalised inside), h over ``mix_hard_negatives``. Queue and mixtures are
+    stop-gradiented (for the mixtures with the query the paper does not say; no official code is
+    public); ``keys`` are not.
 
     Args:
         queries: [N, D].
@@ -210,9 +213,9 @@ def mochi(
     )
     synthetic = jnp.concatenate(mixtures, axis=1)
     positive = jnp.sum(queries * keys, axis=1, keepdims=True)
-    mixed_similarity = jnp.einsum(
-        "bd,bsd->bs", queries, synthetic, precision=lax.Precision.HIGHEST
+    mixed_similarity = jnp.einsum("bd,bsd->bs", queries, synthetic, precision=lax.Precision.HIGHEST)
+    similarities = jnp.concatenate(
+        [positive, inner_products(queries, queue), mixed_similarity], axis=1
     )
-    similarities = jnp.concatenate([positive, inner_products(queries, queue), mixed_similarity], axis=1)
     logits = similarities / temperature
     return jax.nn.logsumexp(logits, axis=1) - logits[:, 0]

@@ -143,7 +143,7 @@ def tico(
     Returns:
         The loss and the new covariance, which carries no gradient.
 
-    Source: Zhu et al. (arXiv:2206.10698), eq. 4-6; lightly-ai/lightly@e8d317f:
+    Source: Zhu et al. (arXiv:2206.10698); lightly-ai/lightly@e8d317f:
     lightly/loss/tico_loss.py:119-140.
     """
     a, count = keep(l2_normalize(a), where)
@@ -171,7 +171,7 @@ def mmcr(
     inputs are taken as they are: normalise them to the unit sphere before. A batch statistic,
     hence a scalar. At a rank-deficient matrix the gradient is one of the subgradients.
 
-    Source: Yerxa et al. (arXiv:2303.03307), eq. 3; lightly-ai/lightly@e8d317f:
+    Source: Yerxa et al. (arXiv:2303.03307); lightly-ai/lightly@e8d317f:
     lightly/loss/mmcr_loss.py:62-75.
     """
     views, count = keep(jnp.concatenate([as_float(online), as_float(momentum)], axis=1), where)
@@ -195,7 +195,7 @@ def frossl(
     (order 2) of the two spectra. ``epsilon`` is added to squared column norms, traces and squared
     Frobenius norms.
 
-    Source: Skean et al. (arXiv:2310.02903), eq. 5-7; OFSkean/FroSSL@e841c57:
+    Source: Skean et al. (arXiv:2310.02903); OFSkean/FroSSL@e841c57:
     solo/losses/frossl.py:28-66 (two views). Deviation: the epsilon, without which a constant
     dimension gives NaN.
     """
@@ -227,7 +227,7 @@ def emp_ssl(
     examples. Rows should have unit norm, as in the official projector. The mean view receives
     gradients.
 
-    Source: Tong et al. (arXiv:2304.03977), eq. 3; tsb0601/EMP-SSL@8fc3758:main.py:76-104,156-164
+    Source: Tong et al. (arXiv:2304.03977); tsb0601/EMP-SSL@8fc3758:main.py:76-104,156-164
     and loss.py:76-90.
     """
     views = as_float(views)
@@ -269,7 +269,7 @@ def transform_prediction(
     """Cross-entropy of predicting which transformation was applied to an input, per example.
 
     Equivariant SSL adds it to an invariance loss; with four rotations it is RotNet's objective.
-    Source: Dangovski et al. (arXiv:2111.00899), eq. 1; rdangovs/essl@70b2cd0:
-    cifar10/main.py:292-297; Gidaris et al. (arXiv:1803.07728), eq. 2-3.
+    Source: Dangovski et al. (arXiv:2111.00899); rdangovs/essl@70b2cd0:
+    cifar10/main.py:292-297; Gidaris et al. (arXiv:1803.07728).
     """
     return optax.softmax_cross_entropy_with_integer_labels(as_float(logits), labels)

@@ -100,7 +100,7 @@ def simmim(
 
     The patches are taken as they are and receive no gradient. The official loss divides by all
     masked pixels of the batch (plus 1e-5): the mean of this one for equally many per example.
-    Source: Xie et al. (arXiv:2111.09886), eq. 2; microsoft/SimMIM@d3e29bc:models/simmim.py:114-121.
+    Source: Xie et al. (arXiv:2111.09886); microsoft/SimMIM@d3e29bc:models/simmim.py:114-121.
     """
     difference = as_float(predictions) - lax.stop_gradient(as_float(patches))
     return _masked_token_mean(jnp.mean(jnp.abs(difference), axis=-1), masked)
@@ -123,7 +123,7 @@ def patch_discrimination(
         standardize: predictions are first standardised over the tokens, per dimension (unbiased
             standard deviation plus ``epsilon``), which forbids predicting one mean for all.
 
-    Source: Wei et al., Latent MIM (arXiv:2407.15837), eq. 3; yibingwei-1/LatentMIM@4e91363:
+    Source: Wei et al., Latent MIM (arXiv:2407.15837); yibingwei-1/LatentMIM@4e91363:
     models_lmim.py:107-128.
     """
     predictions = as_float(predictions)

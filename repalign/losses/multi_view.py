@@ -14,7 +14,7 @@ from repalign.typing import Array, ArrayLike, Float
 def _view_pairs(views: Array) -> Array:
     """Returns the similarities of the pairs k < l of views of the same example, [batch, pairs]."""
     pairs = itertools.combinations(range(views.shape[1]), 2)
-    return jnp.stack([jnp.sum(views[:, k] * views[:, l], axis=1) for k, l in pairs], axis=1)
+    return jnp.stack([jnp.sum(views[:, i] * views[:, j], axis=1) for i, j in pairs], axis=1)
 
 
 def _check(views: Array) -> None:
@@ -27,8 +27,8 @@ def mv_info_nce(
 ) -> Float[Array, "batch"]:
     """Multi-view InfoNCE: one term per example, over all pairs of its views at once.
 
-    ``-log( sum_{k != l} e^{z_i^k.z_i^l/t} / sum_k sum_{(j,l) != (i,k)} e^{z_i^k.z_j^l/t} )`` on unit
-    vectors (normalised inside); at least 0.
+    ``-log( sum_{k != l} e^{z_i^k.z_i^l/t} / sum_k sum_{(j,l) != (i,k)} e^{z_i^k.z_j^l/t} )`` on
+    unit vectors (normalised inside); at least 0.
 
     Args:
         views: [N, V, D] with V >= 2.
@@ -98,11 +98,11 @@ def cacr(
     """Contrastive attraction and repulsion: far positives pull more, near negatives push more.
 
     With ``d`` the squared distance of unit vectors (normalised inside), for a query z:
-    ``alpha sum_k p_k d(z, z_k+) - beta sum_j n_j d(z, z_j-)``, ``p = softmax_k(t+ d(z, z_k+))`` over its
-    other views and ``n = softmax_j(-t- d(z, z_j-))`` over the other examples. The attraction is the
-    mean over all V queries of an example; the repulsion is the mean over the pairs k < l of views, the
-    query in view k and its negatives in view l. It may be negative. The N x N distances of one pair
-    of views are held at a time; there is no streamed form.
+    ``alpha sum_k p_k d(z, z_k+) - beta sum_j n_j d(z, z_j-)``, ``p = softmax_k(t+ d(z, z_k+))``
+    over its other views and ``n = softmax_j(-t- d(z, z_j-))`` over the other examples. The
+    attraction is the mean over all V queries of an example; the repulsion is the mean over the
+    pairs k < l of views, the query in view k and its negatives in view l. It may be negative. The
+    N x N distances of one pair of views are held at a time; there is no streamed form.
 
     Args:
         views: [N, V, D] with V >= 2.
@@ -131,7 +131,8 @@ def cacr(
         for k in range(count)
     ]
     pulls = [
-        jnp.sum(weigh(jax.nn.softmax(positive_temperature * d, axis=1)) * d, axis=1) for d in squared
+        jnp.sum(weigh(jax.nn.softmax(positive_temperature * d, axis=1)) * d, axis=1)
+        for d in squared
     ]
     attracted = attraction * sum(pulls) / count
     if batch == 1:
@@ -141,11 +142,9 @@ def cacr(
     def push(queries: Array, others: Array) -> Array:
         distances = squared_distances(queries, others)
         negative = ~jnp.eye(batch, dtype=bool)
-        weights = weigh(
-            jax.nn.softmax(-negative_temperature * distances, axis=1, where=negative)
-        )
+        weights = weigh(jax.nn.softmax(-negative_temperature * distances, axis=1, where=negative))
         return jnp.sum(weights * distances, axis=1)
 
     pairs = list(itertools.combinations(range(count), 2))
-    pushed = sum(push(views[:, k], views[:, l]) for k, l in pairs) / len(pairs)
+    pushed = sum(push(views[:, i], views[:, j]) for i, j in pairs) / len(pairs)
     return attracted - repulsion * pushed

@@ -1,7 +1,7 @@
 """Contrastive bounds on the mutual information between parts: past and future, local and global."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def patch_info_nce(
     keys: Float[Array, "batch patches dim"],
     *,
     temperature: ArrayLike = 0.07,
-    negatives: Literal["image", "batch"] = "image",
+    negatives: str = "image",
 ) -> Float[Array, "batch"]:
     """PatchNCE: each output patch finds the input patch at the same place.
 
@@ -155,15 +155,15 @@ def wasserstein_dependency(
     y: Float[Array, "batch *y_shape"],
     *,
     key: Key[Array, ""],
-    objective: Literal["contrastive", "dual"] = "contrastive",
+    objective: str = "contrastive",
 ) -> WassersteinDependency:
     """Wasserstein dependency measure: an information bound with a Lipschitz critic.
 
     ``"contrastive"``: ``log sum_j e^{f(x_i, y_j)} - f(x_i, y_i)`` (Wasserstein predictive coding);
-    ``"dual"``: ``mean_{j != i} f(x_i, y_j) - f(x_i, y_i)``, the Kantorovich dual. The penalty is taken
-    at ``(x_i, e y_i + (1 - e) y_{i+1})``, e ~ U(0, 1), between a sample of the joint and one of the
-    product of the marginals, with respect to both arguments (the paper does not fix the points).
-    The N x N scores are held.
+    ``"dual"``: ``mean_{j != i} f(x_i, y_j) - f(x_i, y_i)``, the Kantorovich dual. The penalty is
+    taken at ``(x_i, e y_i + (1 - e) y_{i+1})``, e ~ U(0, 1), between a sample of the joint and one
+    of the product of the marginals, with respect to both arguments (the paper does not fix the
+    points). The N x N scores are held.
 
     Args:
         critic: takes one x and one y to a scalar.

@@ -1,4 +1,4 @@
-"""Contrastive learning of distributions on the sphere: the von Mises-Fisher sampler and MCInfoNCE."""
+"""Contrastive learning of distributions on the sphere: a vMF sampler and MCInfoNCE."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def sample_von_mises_fisher(
     Args:
         key: randomness.
         mean: [N, D] with D >= 2, normalised inside.
-        concentration: [N], positive; larger is narrower.
+        concentration: [N], at least 0 and clipped at 1e5; larger is narrower.
         samples: S, draws per row.
 
     Returns:
@@ -33,7 +33,7 @@ def sample_von_mises_fisher(
 
     Source: Wood 1994; Davidson et al. 2018, algorithm 1.
     """
-    mean, concentration = l2_normalize(mean), as_float(concentration)
+    mean, concentration = l2_normalize(mean), jnp.clip(as_float(concentration), 0.0, 1e5)
     batch, dim = mean.shape
     shape = (samples, batch)
     # (sqrt(4 k^2 + (d-1)^2) - 2 k) / (d-1) without the cancellation at large k.
@@ -46,8 +46,8 @@ def sample_von_mises_fisher(
         x0 = (1.0 - b) / (1.0 + b)
         level = concentration * x0 + (dim - 1) * (jnp.log(4.0 * b) - 2.0 * jnp.log1p(b))
 
-        def propose(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            key, kept, done = state
+        def propose(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+            key, kept, done, rounds = state
             key, proposal_key, uniform_key = jax.random.split(key, 3)
             # Beta((d-1)/2, (d-1)/2) as a ratio of chi-squares.
             normal = jax.random.normal(proposal_key, (2, *shape, dim - 1))
@@ -56,10 +56,13 @@ def sample_von_mises_fisher(
             w = cosine(proposal, b)
             ratio = concentration * w + (dim - 1) * jnp.log1p(-x0 * w) - level
             accept = ratio >= jnp.log(jax.random.uniform(uniform_key, shape))
-            return key, jnp.where(done, kept, proposal), done | accept
+            return key, jnp.where(done, kept, proposal), done | accept, rounds + 1
 
-        start = (key, jnp.zeros(shape), jnp.zeros(shape, bool))
-        return lax.while_loop(lambda state: ~jnp.all(state[2]), propose, start)[1]
+        # A round accepts about two in three; the bound is for a NaN, which never would be.
+        start = (key, jnp.zeros(shape), jnp.zeros(shape, bool), jnp.zeros((), jnp.int32))
+        return lax.while_loop(lambda state: ~jnp.all(state[2]) & (state[3] < 100), propose, start)[
+            1
+        ]
 
     radial_key, tangent_key = jax.random.split(key)
     constants = lax.stop_gradient((b, concentration))

@@ -44,9 +44,10 @@ def koleo(
     ``nn(i)`` is the nearest other row of the batch (lowest index among ties); both rows of a pair
     receive gradients, the choice of the neighbour none. Rows closer than 1e-6, which float32 cannot
     tell from duplicates, cost -log(epsilon) and pass no gradient (torch's distance offsets each
-    coordinate by epsilon and passes one of about 1 / epsilon). Above 8192 rows the similarities are computed 1024 rows at a time.
+    coordinate by epsilon and passes one of about 1 / epsilon). Above 8192 rows the similarities
+    are computed 1024 rows at a time.
 
-    Source: Sablayrolles et al. (arXiv:1806.03198), eq. 2; facebookresearch/dinov2@b8931f7:
+    Source: Sablayrolles et al. (arXiv:1806.03198); facebookresearch/dinov2@b8931f7:
     dinov2/loss/koleo_loss.py:25-48; lightly-ai/lightly@e8d317f:lightly/loss/koleo_loss.py.
     """
     x, _ = keep(l2_normalize(x), where)
@@ -70,7 +71,7 @@ def von_neumann_entropy(
     Eigenvalues up to ``epsilon`` count as 0 and pass no gradient: at low rank the derivative of
     ``l log l`` is infinite (the official code drops NaN values, not NaN gradients).
 
-    Source: Kim et al. (arXiv:2304.01434), eq. 2; jaeill/CVPR23-VNE@c63961b:vne/__init__.py:15-19.
+    Source: Kim et al. (arXiv:2304.01434); jaeill/CVPR23-VNE@c63961b:vne/__init__.py:15-19.
     """
     x, count = keep(l2_normalize(x), where)
     eigenvalues = jnp.linalg.eigvalsh(smaller_gram(x) / jnp.maximum(count, 1.0))
@@ -89,7 +90,7 @@ def total_coding_rate(
 
     Rows are taken as they are (normalise them before). Computed on the smaller Gram matrix.
     ``epsilon`` is the squared distortion, as in tsb0601/EMP-SSL@8fc3758:loss.py:81-90.
-    Source: Yu et al. (arXiv:2006.08558), eq. 5.
+    Source: Yu et al. (arXiv:2006.08558), the rate R.
     """
     x, count = keep(x, where)
     gram = smaller_gram(x) * (x.shape[1] / (jnp.maximum(count, 1.0) * epsilon))
@@ -154,6 +155,8 @@ def dispersive(
     x = as_float(x).reshape(x.shape[0], -1)
     x, _ = keep(x, where)
     logits = -squared_distances(x, x) / (x.shape[1] * temperature)
+    # Rounding leaves the distance of a far-away point to itself above 0.
+    logits = jnp.where(jnp.eye(x.shape[0], dtype=bool), 0.0, logits)
     pairs = jnp.ones_like(logits, dtype=bool) if where is None else where[:, None] & where[None, :]
     # Without any pair every logit is that of identical rows, 0, and so is the loss.
     pairs |= ~jnp.any(pairs)

@@ -1,7 +1,7 @@
 """Alignment, uniformity and kernel entropies: contrastive learning without a softmax over pairs.
 
-Inputs are taken as they are; the papers put them on the unit sphere (``numerics.l2_normalize``). The
-sums over pairs are streamed for large batches as in ``losses.contrastive``.
+Inputs are taken as they are; the papers put them on the unit sphere (``numerics.l2_normalize``).
+The sums over pairs are streamed for large batches as in ``losses.contrastive``.
 """
 
 import jax

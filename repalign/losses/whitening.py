@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import centered, covariance
+from repalign.losses.batch_statistics import centered, covariance, keep
 from repalign.numerics import cosine_similarity, inner_products, masked_mean
 from repalign.typing import Array, ArrayLike, Bool, Float, Num, Scalar
 
@@ -41,7 +41,7 @@ def iterative_whiten(
     published setting and is meant to be partial. Masked rows come out as 0; a constant batch
     gives 0.
 
-    Source: Huang et al. (arXiv:1904.03441), eq. 5; winci-ai/INTL@0aa69af:
+    Source: Huang et al. (arXiv:1904.03441); winci-ai/INTL@0aa69af:
     methods/whitening.py:49-60. Deviation: the coupled form. The published one,
     ``P <- (3 P - P^3 S) / 2``, is equal in exact arithmetic but unstable: in float32 it diverges
     after about ten iterations at a condition number of 25.
@@ -76,7 +76,7 @@ def w_mse(
     Each view is whitened over the batch on its own (``cholesky_whiten``); gradients flow through
     the whitening. Masked examples have value 2 and pass no gradient.
 
-    Source: Ermolov et al. (arXiv:2007.06346), eq. 4-5; htdt/self-supervised@d9662c8:
+    Source: Ermolov et al. (arXiv:2007.06346); htdt/self-supervised@d9662c8:
     methods/w_mse.py:19-36, with one whitening of the whole batch instead of random sub-batches.
     """
     white_a = cholesky_whiten(a, epsilon=epsilon, where=where)
@@ -84,14 +84,21 @@ def w_mse(
     return 2.0 - 2.0 * cosine_similarity(white_a, white_b)
 
 
+def _variance_deviations(
+    x: Num[Array, "batch dim"], where: Bool[Array, "batch"] | None
+) -> Float[Array, "dim"]:
+    """Returns ``(1 - Var(x_d))^2`` with the unbiased variance over the batch."""
+    x, count = centered(x, where)
+    variance = jnp.sum(jnp.square(x), axis=0) / jnp.maximum(count - 1.0, 1.0)
+    return jnp.square(variance - 1.0)
+
+
 def trace_loss(x: Num[Array, "batch dim"], *, where: Bool[Array, "batch"] | None = None) -> Scalar:
     """``sum_d (1 - Var(x_d))^2`` with the unbiased variance over the batch, a scalar >= 0.
 
-    Source: Weng et al. (arXiv:2305.16789), eq. 9; winci-ai/INTL@0aa69af:methods/intl.py:27-35.
+    Source: Weng et al. (arXiv:2305.16789); winci-ai/INTL@0aa69af:methods/intl.py:27-35.
     """
-    x, count = centered(x, where)
-    variance = jnp.sum(jnp.square(x), axis=0) / jnp.maximum(count - 1.0, 1.0)
-    return jnp.sum(jnp.square(variance - 1.0))
+    return jnp.sum(_variance_deviations(x, where))
 
 
 def intl(
@@ -99,6 +106,7 @@ def intl(
     b: Num[Array, "batch dim"],
     *,
     iterations: int = 4,
+    whitening: str = "channel",
     trade_off: ArrayLike | None = None,
     where: Bool[Array, "batch"] | None = None,
 ) -> Scalar:
@@ -107,14 +115,31 @@ def intl(
     ``w`` is ``iterative_whiten`` of each view. A batch statistic, hence a scalar.
 
     Args:
-        trade_off: beta; ``0.01 (log2 dim - 3)`` by default, the released rule for whitening over
-            the channels.
+        whitening: ``batch`` decorrelates the dimensions with statistics over the examples;
+            ``channel``, the released default, decorrelates the examples with statistics over the
+            dimensions (everything transposed, the trace loss too).
+        trade_off: beta; by default ``0.01 (log2 n - 3)`` for n whitened axes: the width for
+            ``batch``, the batch size for ``channel``.
 
-    Source: Weng et al. (arXiv:2305.16789), eq. 8-10; winci-ai/INTL@0aa69af:methods/intl.py and
-    methods/base.py:24-34.
+    Raises:
+        ValueError: another name for ``whitening``.
+
+    Source: Weng et al. (arXiv:2305.16789); winci-ai/INTL@0aa69af:methods/intl.py,
+    methods/base.py:24-34 and methods/whitening.py:12-38.
     """
-    beta = 0.01 * (jnp.log2(a.shape[1]) - 3.0) if trade_off is None else trade_off
-    white_a = iterative_whiten(a, iterations=iterations, where=where)
-    white_b = iterative_whiten(b, iterations=iterations, where=where)
-    invariance = masked_mean(2.0 - 2.0 * cosine_similarity(white_a, white_b), where)
-    return invariance + beta * (trace_loss(white_a, where=where) + trace_loss(white_b, where=where))
+    if whitening not in ("batch", "channel"):
+        raise ValueError(f"whitening is {whitening!r}; it must be 'batch' or 'channel'.")
+    across_examples = whitening == "channel"
+    white, deviations = [], 0.0
+    for x in (a, b):
+        if across_examples:
+            white.append(iterative_whiten(keep(x, where)[0].T, iterations=iterations).T)
+            each = _variance_deviations(white[-1].T, None)
+            deviations += jnp.sum(keep(each, where)[0])
+        else:
+            white.append(iterative_whiten(x, iterations=iterations, where=where))
+            deviations += trace_loss(white[-1], where=where)
+    if trade_off is None:
+        size = keep(a, where)[1] if across_examples else a.shape[1]
+        trade_off = 0.01 * (jnp.log2(jnp.maximum(size, 1)) - 3.0)
+    return masked_mean(2.0 - 2.0 * cosine_similarity(*white), where) + trade_off * deviations

@@ -22,9 +22,11 @@ class Projector(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*shape width"]) -> Float[Array, "*shape features"]:
         dense = {"kernel_init": xavier, "dtype": self.dtype}
-        x = nn.silu(nn.Dense(self.hidden, name="linear_1", **dense)(x))
-        x = nn.silu(nn.Dense(self.hidden, name="linear_2", **dense)(x))
-        return nn.Dense(self.features, name="linear_3", **dense)(x)
+        rows = x.reshape(-1, x.shape[-1])  # One row axis: see transformer.Mlp.
+        rows = nn.silu(nn.Dense(self.hidden, name="linear_1", **dense)(rows))
+        rows = nn.silu(nn.Dense(self.hidden, name="linear_2", **dense)(rows))
+        out = nn.Dense(self.features, name="linear_3", **dense)(rows)
+        return out.reshape(*x.shape[:-1], self.features)
 
 
 class MLPHead(nn.Module):

@@ -41,9 +41,7 @@ def sign_indices(z: Float[Array, "*batch bits"]) -> Int[Array, "*batch"]:
         ValueError: more than 31 bits, which an int32 does not hold.
     """
     if z.shape[-1] > 31:
-        raise ValueError(
-            f"an index of {z.shape[-1]} bits overflows an int32: split z in groups."
-        )
+        raise ValueError(f"an index of {z.shape[-1]} bits overflows an int32: split z in groups.")
     basis = jnp.asarray(2 ** np.arange(z.shape[-1] - 1, -1, -1), jnp.int32)
     return jnp.sum((z > 0) * basis, axis=-1, dtype=jnp.int32)
 
@@ -114,7 +112,7 @@ def lfq(
     Raises:
         ValueError: more than 31 bits, or a group that is too large or does not divide them.
 
-    Source: Yu et al. 2023 (MAGVIT-v2, arXiv 2310.05737), equations 3 to 5; defaults and the floor
+    Source: Yu et al. 2023 (MAGVIT-v2, arXiv 2310.05737), equation 3; defaults and the floor
     1e-5 in the log as in vector-quantize-pytorch 1.32.0: lookup_free_quantization.py.
     """
     z = as_float(z)
@@ -158,7 +156,7 @@ def bsq(
     Raises:
         ValueError: more than 31 bits, or group_size does not divide dim.
 
-    Source: Zhao et al. 2024 (arXiv 2406.07548), equations 5 to 9;
+    Source: Zhao et al. 2024 (arXiv 2406.07548);
     zhaoyue-zephyrus/bsq-vit@37d212d: transcoder/models/quantizer/bsq.py:75-145 (``l2_norm=True``).
     """
     z = as_float(z)
@@ -185,7 +183,8 @@ def bernoulli_quantize(
     The gradient is that of ``sigmoid(logits)``. Without a key the bit is the more probable one (0
     at a logit of 0). A NaN logit gives a NaN.
 
-    Source: Wang et al. 2023 (Binary Latent Diffusion, arXiv 2304.04820), equation 2.
+    Source: Wang et al. 2023 (Binary Latent Diffusion, arXiv 2304.04820);
+    ZeWang95/BinaryLatentDiffusion@bd18c9d: models/binaryae.py, ``BinaryQuantizer``.
     """
     probabilities = jax.nn.sigmoid(as_float(logits))
     bits = probabilities > 0.5 if key is None else jax.random.bernoulli(key, probabilities)

@@ -57,7 +57,7 @@ def exponential_temperature(*, initial: float, final: float, rate: float) -> Sch
     Raises:
         ValueError: not 0 < final <= initial, or a negative rate.
 
-    Source: Jang et al. 2017 (arXiv 1611.01144), section 4.3.
+    Source: Jang et al. 2017 (arXiv 1611.01144).
     """
     if not 0.0 < final <= initial or rate < 0.0:
         raise ValueError(f"need 0 < final <= initial and rate >= 0: {final=}, {initial=}, {rate=}.")
@@ -107,8 +107,8 @@ def sample_indices(
     Raises:
         ValueError: z and codes of different dimensions, an empty codebook.
 
-    Source: Sonderby et al. 2017 (continuous relaxation of VQ); Takida et al. 2022 (SQ-VAE, arXiv
-    2205.07547), equation 4, with ``temperature`` = 2 variance.
+    Source: Takida et al. 2022 (SQ-VAE, arXiv
+    2205.07547), with ``temperature`` = 2 variance.
     """
     if z.shape[-1] != codebook.shape[-1] or codebook.shape[0] == 0:
         raise ValueError(f"z {z.shape} and a codebook {codebook.shape} do not belong together.")
@@ -159,7 +159,7 @@ def soft_quantize(
     Raises:
         ValueError: z and codes of different dimensions, an empty codebook.
 
-    Source: Agustsson et al. 2017 (soft-to-hard, arXiv 1704.00648), equation 4.
+    Source: Agustsson et al. 2017 (soft-to-hard, arXiv 1704.00648).
     """
     assignment = kernel.soft_assignment(
         z.reshape(-1, z.shape[-1]), codebook, temperature=temperature

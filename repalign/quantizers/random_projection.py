@@ -23,7 +23,7 @@ def init_random_projection(
 ) -> RandomProjection:
     """Draws a Xavier-normal projection and a normalized Gaussian codebook for every head.
 
-    Source: Chiu et al. 2022 (arXiv 2202.01855), section 3.1.
+    Source: Chiu et al. 2022 (arXiv 2202.01855), section 3.
     """
     projection_key, codebook_key = jax.random.split(key)
     deviation = (2.0 / (dim + code_dim)) ** 0.5
@@ -39,12 +39,12 @@ def random_projection_indices(
     """Returns ``argmin_k | c_k - A x / |A x| |`` for every head. No gradient.
 
     With ``normalize`` x first gets mean 0 and variance 1 over its dimensions (variance + 1e-5, as
-    a layer norm without parameters; section 3.1 of the paper warns of collapse without it).
+    a layer norm without parameters; section 3 of the paper warns of collapse without it).
 
     Raises:
         ValueError: x and projections of different dimensions.
 
-    Source: Chiu et al. 2022 (arXiv 2202.01855), equation 1; layer norm as in
+    Source: Chiu et al. 2022 (arXiv 2202.01855), section 3; layer norm as in
     vector-quantize-pytorch 1.32.0: random_projection_quantizer.py.
     """
     if x.shape[-1] != state.projections.shape[1]:

@@ -130,8 +130,7 @@ def product_quantize(
     Raises:
         ValueError: dim is not heads * code_dim.
 
-    Source: Jegou et al. 2011 (product quantization); Ma et al. 2025 (UniTok, arXiv 2502.20321),
-    section 3.2.
+    Source: Jegou et al. 2011 (product quantization); Ma et al. 2025 (UniTok, arXiv 2502.20321).
     """
 
     def quantize_head(head):
@@ -161,7 +160,7 @@ def grouped_residual_vector_quantize(
     Raises:
         ValueError: dim is not groups * code_dim.
 
-    Source: Yang et al. 2023 (HiFi-Codec, arXiv 2305.02765), section 3.2.
+    Source: Yang et al. 2023 (HiFi-Codec, arXiv 2305.02765).
     """
     parts = _split_groups(as_float(z), codebooks.shape[0])
     quantized, indices = lax.map(lambda group: residual_vector_quantize(*group), (parts, codebooks))

@@ -147,7 +147,8 @@ def latent_quantize(
     Raises:
         ValueError: dimensions that differ.
 
-    Source: Hsu et al. 2023 (arXiv 2305.18378), section 3.1, equation 3.
+    Source: Hsu et al. 2023 (arXiv 2305.18378); kylehkhsu/latent_quantization@e6236d2:
+    disentangle/latents/quantized.py, disentangle/models/quantized_ae.py.
     """
     if values.shape[0] != z.shape[-1]:
         raise ValueError(f"values for {values.shape[0]} dimensions, z has {z.shape[-1]}.")

@@ -197,7 +197,7 @@ def sim_vq(
     Raises:
         ValueError, UserError: as in ``vector_quantize``.
 
-    Source: Zhu et al. 2024 (arXiv 2411.02038), equation 6; youngsheen/SimVQ@d8bd94d:
+    Source: Zhu et al. 2024 (arXiv 2411.02038); youngsheen/SimVQ@d8bd94d:
     taming/modules/vqvae/quantize.py:11-104 (``legacy=False``).
     """
     codebook = jnp.matmul(

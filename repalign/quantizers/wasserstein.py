@@ -42,21 +42,25 @@ def wasserstein_codebook(
     theorem) and the loss is differentiable in z, the codebook and the logits. Unlike the VQ losses
     it moves every code.
 
-    Deviation: the authors climb the semi-dual with a small network for ``phi``, or solve exactly
-    with an LP; Sinkhorn steps reach the same maximum without a second optimizer.
+    Deviations: the authors climb the semi-dual with a small network for ``phi`` (and add the
+    mirrored semi-dual, with a network on the vectors), or solve exactly with an LP; Sinkhorn steps
+    reach the same maximum without a second optimizer. Their KL is averaged over the codes, this one
+    summed.
 
     Args:
         z: [vectors, dim], the whole batch (of one latent position, in the paper).
         codebook: [codes, dim].
         logits: [codes], of the codes' weights pi; zeros for uniform.
         epsilon: entropic regularization, in units of a squared distance.
-        iterations: Sinkhorn steps.
+        iterations: Sinkhorn steps; the smaller epsilon, the more it takes (until then the loss is
+            below the transport cost).
         potential: the last step's, or zeros.
 
     Raises:
         ValueError: dimensions that differ, epsilon not positive.
 
-    Source: Vuong et al. 2023 (VQ-WAE, arXiv 2302.05917), equations 6 and 10; Genevay et al. 2016
+    Source: Vuong et al. 2023 (VQ-WAE, arXiv 2302.05917); VuongLong/VQ-WAE@f0d7890: quantizer.py,
+    ``compute_OT_loss``; Genevay et al. 2016
     (arXiv 1605.08527) for the semi-dual.
     """
     if epsilon <= 0:

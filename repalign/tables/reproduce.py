@@ -1,11 +1,17 @@
 """Running a paper's table: every row and seed that is not done yet, then the verdicts."""
 
+import concurrent.futures
+import contextlib
+import functools
 import itertools
+import multiprocessing
+import os
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -26,6 +32,7 @@ def reproduce(
     seeds: int | None = None,
     rows: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
+    jobs: int = 1,
 ) -> Evaluation:
     """Runs what is missing of an experiment's table and evaluates it.
 
@@ -39,6 +46,7 @@ def reproduce(
         seeds: number of seeds, from 0; the table's own if None.
         rows: titles of rows, or the variants they run; all if None.
         overrides: flags such as ``--config.total_steps=300``, applied to every row alike.
+        jobs: rows that run at once, each in a process of its own; on CPU one a core is fastest.
 
     Raises:
         UserError: an unknown row or key, an override that cannot be, an unwritable directory.
@@ -59,12 +67,27 @@ def reproduce(
         assemble(row_configs[row])
     experiment = configs.experiment_path(key).stem
     failures: list[str] = []
-    with ResultsStore(workdir) as store:
-        for row in chosen:
+    with ResultsStore(workdir) as store, contextlib.ExitStack() as stack:
+        tasks = [
+            (experiment, table.rows[row], row_configs[row], seeds, workdir)
+            for row in chosen
+            if _missing(experiment, table.rows[row], row_configs[row], seeds, store)
+        ]
+        if min(jobs, len(tasks)) > 1:
+            executor = concurrent.futures.ProcessPoolExecutor(
+                min(jobs, len(tasks)),
+                multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(jax.config.jax_compilation_cache_dir,),
+            )
+            calls = [stack.enter_context(executor).submit(_run_row, *task).result for task in tasks]
+        else:
+            calls = [functools.partial(_run_row, *task) for task in tasks]
+        for (_, variant, *_), call in zip(tasks, calls, strict=True):
             try:
-                _run_row(experiment, table.rows[row], row_configs[row], seeds, store, workdir)
+                call()
             except TrainingDiverged as error:
-                failures.append(f"{row}: {error}")
+                failures.append(f"{variant}: {error}")
         results = store.results(experiment, table, configs=row_configs, seeds=range(seeds))
         evaluation = evaluate(
             table, results, experiment=experiment, seeds=range(seeds), rows=chosen
@@ -84,52 +107,78 @@ def _rows(table: Table, rows: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(title for title in table.rows if title in wanted)
 
 
-def _run_row(
+def _start_worker(compilation_cache: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", compilation_cache)
+    os.environ["TERM"] = "dumb"  # Two progress bars on one terminal would overwrite each other.
+
+
+def _missing(
     experiment: str,
     variant: str,
     config: ml_collections.ConfigDict,
     seeds: int,
     store: ResultsStore,
+) -> list[int]:
+    """Returns the seeds of a row that are not done."""
+    found = [store.find(experiment, variant, seed, config) for seed in range(seeds)]
+    return [seed for seed, one in enumerate(found) if one is None or one.status != "done"]
+
+
+def _run_row(
+    experiment: str,
+    variant: str,
+    config: ml_collections.ConfigDict,
+    seeds: int,
     workdir: pathlib.Path,
 ) -> None:
-    """Runs the seeds of one row that are not done."""
-    done = [store.find(experiment, variant, seed, config) for seed in range(seeds)]
-    missing = [seed for seed, found in enumerate(done) if found is None or found.status != "done"]
-    for first, count in _stretches(missing):
-        with config.unlocked():
-            config.seed, config.replicas = first, count
-        members = {
-            seed: store.start(experiment, variant, seed, config, collect_provenance())
-            for seed in range(first, first + count)
-        }
+    """Runs the seeds of one row that are not done, consecutive ones together."""
+    with ResultsStore(workdir) as store:
+        for first, count in _stretches(_missing(experiment, variant, config, seeds, store)):
+            with config.unlocked():
+                config.seed, config.replicas = first, count
+            _run_replicas(experiment, variant, config, store, workdir)
 
-        def record(step: int, seed: int, metrics: Any, arrays: Any) -> None:
-            store.record(members[seed].id, step, metrics)
-            if arrays:
-                store.save_arrays(members[seed].id, "last", arrays)
 
-        name = f"{variant}-{config_sha256(config)[:8]}-seed{first}x{count}"
-        begun = time.monotonic()
-        try:
-            result = run(
-                assemble(config),
-                workdir / name,
-                cache=workdir / "cache",
-                on_evaluation=record,
-                title=f"{experiment}:{variant}",
-            )
-        except BaseException as error:
-            for member in members.values():
-                seconds = (time.monotonic() - begun) / count
-                store.fail(member.id, error=str(error) or repr(error), seconds=seconds)
-            raise
+def _run_replicas(
+    experiment: str,
+    variant: str,
+    config: ml_collections.ConfigDict,
+    store: ResultsStore,
+    workdir: pathlib.Path,
+) -> None:
+    first, count = config.seed, config.replicas
+    members = {
+        seed: store.start(experiment, variant, seed, config, collect_provenance())
+        for seed in range(first, first + count)
+    }
+
+    def record(step: int, seed: int, metrics: Any, arrays: Any) -> None:
+        store.record(members[seed].id, step, metrics)
+        if arrays:
+            store.save_arrays(members[seed].id, "last", arrays)
+
+    name = f"{variant}-{config_sha256(config)[:8]}-seed{first}x{count}"
+    begun = time.monotonic()
+    try:
+        result = run(
+            assemble(config),
+            workdir / name,
+            cache=workdir / "cache",
+            on_evaluation=record,
+            title=f"{experiment}:{variant}",
+        )
+    except BaseException as error:
         for member in members.values():
-            store.finish(
-                member.id,
-                seconds=result.seconds / count,
-                peak_memory_bytes=result.memory_bytes // count,
-                parameters=result.parameters,
-            )
+            seconds = (time.monotonic() - begun) / count
+            store.fail(member.id, error=str(error) or repr(error), seconds=seconds)
+        raise
+    for member in members.values():
+        store.finish(
+            member.id,
+            seconds=result.seconds / count,
+            peak_memory_bytes=result.memory_bytes // count,
+            parameters=result.parameters,
+        )
 
 
 def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

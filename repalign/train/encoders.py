@@ -4,6 +4,7 @@ A token column (``config.data.columns["teacher/patches"]``) is computed once for
 in the cache, so that a train step never runs the teacher.
 """
 
+import fcntl
 import hashlib
 import json
 import pathlib
@@ -47,8 +48,12 @@ def trained_encoder(config: str, cache: pathlib.Path) -> Encoder:
     """
     experiment = assemble(configs.load_config(config))
     name = f"{config.replace(':', '-')}-{configs.digest(experiment.raw)[:12]}"
+    directory = cache / "encoders" / name
+    directory.mkdir(parents=True, exist_ok=True)
     source = experiment.source(cache)
-    result = train(experiment, source, cache / "encoders" / name, title=f"encoder {config}")
+    with open(directory / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # A second process that needs the encoder waits for it.
+        result = train(experiment, source, directory, title=f"encoder {config}")
     return model_encoder(experiment.model, evaluation_params(result.state)["encoder"])
 
 

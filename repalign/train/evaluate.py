@@ -16,13 +16,14 @@ import numpy as np
 from repalign.data.pixels import from_signed_range, to_signed_range
 from repalign.generation import flow, samplers
 from repalign.metrics import frechet, probes, similarity
-from repalign.registry import UserError, build, lookup
+from repalign.numerics import l2_normalize
+from repalign.registry import build, lookup
 from repalign.train import encoders
 from repalign.train.experiment import Experiment
 from repalign.train.loop import EvaluationResult, Evaluator
 from repalign.train.state import TrainState
 from repalign.train.step import evaluation_params
-from repalign.typing import Array, Features, PyTree
+from repalign.typing import Array, PyTree
 
 
 class EvaluationContext(NamedTuple):
@@ -150,7 +151,9 @@ def hidden_representation(
     test = held_out.gather(np.arange(len(held_out)))
     train = context.source.gather(np.arange(min(probe_examples, len(context.source))))
     teachers = {
-        name: encoders.tokens(held_out, context.cache, **section).mean(axis=1)
+        name: l2_normalize(
+            jnp.asarray(encoders.tokens(held_out, context.cache, **section).mean(axis=1))
+        )
         for name, section in compared.items()
     }
 
@@ -174,7 +177,7 @@ def hidden_representation(
                 classes=classes,
             ),
             **{
-                f"cknna_{name}": similarity.cknna(test_hidden, jnp.asarray(teacher), topk=topk)
+                f"cknna_{name}": similarity.cknna(l2_normalize(test_hidden), teacher, topk=topk)
                 for name, teacher in teachers.items()
             },
         }

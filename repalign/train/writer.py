@@ -53,7 +53,7 @@ class ProgressReport:
         self._between, self._begun, self._printed = seconds_between_lines, time.monotonic(), 0.0
         console = Console(stderr=True)
         self._bar = None
-        if console.is_terminal:
+        if console.is_terminal and not console.is_dumb_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

@@ -52,7 +52,9 @@ STREAMED = {
     ),
     "clip": lambda a, b: contrastive.clip(a, b, logit_scale=2.0),
     "siglip": lambda a, b: contrastive.siglip(a, b, scale=10.0, bias=-10.0, where=every_other(a)),
-    "hard_negative_nt_xent": lambda a, b: hard_negatives.hard_negative_nt_xent(a, b, temperature=0.2),
+    "hard_negative_nt_xent": lambda a, b: hard_negatives.hard_negative_nt_xent(
+        a, b, temperature=0.2
+    ),
     "cluster_restricted": lambda a, b: hard_negatives.cluster_restricted_info_nce(
         a, b, labels(a), temperature=0.2
     ),
@@ -83,7 +85,14 @@ OTHERS = {
         mutual_information.wasserstein_dependency(critic, a, b, key=KEY)
     ),
     "mc_info_nce": lambda a, b: probabilistic.mc_info_nce(
-        a, jnp.exp(a[:, 0]), b, jnp.exp(b[:, 1]), key=KEY, kappa=5.0, samples=3, negatives=2
+        a,
+        jax.nn.softplus(a[:, 0]),
+        b,
+        jax.nn.softplus(b[:, 1]),
+        key=KEY,
+        kappa=5.0,
+        samples=3,
+        negatives=2,
     ),
     "alignment": lambda a, b: uniformity.alignment(a, b, alpha=1.5),
 }
@@ -92,7 +101,7 @@ LOSSES = STREAMED | OTHERS
 
 
 def evaluate(losses):
-    """Returns a function of (a, b) to {name: (per-example values, gradients of their weighted sum)}.
+    """Returns a function of (a, b) to {name: (values, gradients of their weighted sum)}.
 
     The weights make the gradient depend on which example a value belongs to.
     """
@@ -105,7 +114,9 @@ def evaluate(losses):
     def run(a, b):
         results = {}
         for name, loss in losses.items():
-            differentiate = jax.grad(lambda a, b, loss=loss: total(loss, a, b), (0, 1), has_aux=True)
+            differentiate = jax.grad(
+                lambda a, b, loss=loss: total(loss, a, b), (0, 1), has_aux=True
+            )
             gradients, values = differentiate(a, b)
             results[name] = (values, gradients)
         return results

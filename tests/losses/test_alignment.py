@@ -1,4 +1,5 @@
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 
 from repalign.losses import alignment
+from repalign.pretrained import from_official_repa
 
 RNG = np.random.default_rng(0)
 STUDENT = RNG.normal(size=(3, 4, 5)).astype(np.float32)
@@ -37,7 +39,7 @@ def test_repa_is_the_mean_negative_cosine_of_each_image():
     )
 
 
-def test_repa_reproduces_the_official_loop_on_the_released_shapes(golden_repa):
+def test_repa_reproduces_the_official_loop_over_tokens(golden_repa):
     """The loop of loss.py:81-88, one token at a time, on the recorded projector outputs."""
     projection, teacher = golden_repa["z0"], golden_repa["teacher0"]
     total = 0.0
@@ -49,6 +51,27 @@ def test_repa_reproduces_the_official_loop_on_the_released_shapes(golden_repa):
         total += np.mean(cosines)
     result = jnp.mean(run(alignment.repa, jnp.asarray(projection), jnp.asarray(teacher)))
     np.testing.assert_allclose(result, total / len(teacher), rtol=2e-5)
+
+
+def test_repa_reproduces_the_projection_loss_of_the_official_model(golden_repa):
+    """At the noised input of the recorded draw, for which the reference loss was taken."""
+    prefix = "param/"
+    params = {
+        name.removeprefix(prefix): array
+        for name, array in golden_repa.items()
+        if name.startswith(prefix)
+    }
+    module, variables = from_official_repa(params, json.loads(str(golden_repa["config"])))
+    time = golden_repa["loss_time_draw"]
+    noised = (1 - time) * golden_repa["x"] + time * golden_repa["loss_noise"]
+
+    @jax.jit
+    def projection_loss(x, t, y):
+        _, taps = module.apply(variables, x, t, y, data_format="NCHW")
+        return jnp.mean(alignment.repa(taps["projection_0"], jnp.asarray(golden_repa["teacher0"])))
+
+    result = projection_loss(noised, time.reshape(-1), golden_repa["y"].astype(np.int32))
+    np.testing.assert_allclose(result, golden_repa["projection_loss"], rtol=2e-5)
 
 
 def test_repa_averages_teachers_of_different_widths():

@@ -62,3 +62,14 @@ def test_one_class_alone_leaves_the_positive_term():
     arguments = jnp.asarray(NEW), jnp.asarray(OLD), jnp.zeros(5, jnp.int32)
     result = run(backward_compatibility.higher_order_compatibility, *arguments, mu=2.0)
     np.testing.assert_allclose(result, -2.0 * np.sum(OLD * NEW, 1), rtol=2e-5)
+
+
+def test_the_old_model_receives_no_gradient():
+    new, old, labels = jnp.asarray(NEW), jnp.asarray(OLD), jnp.asarray(LABELS)
+
+    def total(new, old):
+        compatibility = backward_compatibility.higher_order_compatibility(new, old, labels, mu=1.0)
+        return jnp.sum(compatibility + backward_compatibility.old_prefix_cosine(new, old))
+
+    to_new, to_old = jax.jit(jax.grad(total, argnums=(0, 1)))(new, old)
+    assert np.all(np.any(to_new, axis=1)) and not np.any(to_old)

@@ -20,8 +20,8 @@ def run(loss, *arrays, **options):
 def cka(a, b):
     """By centred Gram matrices of the examples, the other form of the index."""
     center = np.eye(len(a)) - 1 / len(a)
-    k, l = center @ a @ a.T @ center, center @ b @ b.T @ center
-    return np.sum(k * l) / np.sqrt(np.sum(k * k) * np.sum(l * l))
+    gram_a, gram_b = center @ a @ a.T @ center, center @ b @ b.T @ center
+    return np.sum(gram_a * gram_b) / np.sqrt(np.sum(gram_a**2) * np.sum(gram_b**2))
 
 
 def canonical_correlations(a, b):

@@ -1,4 +1,4 @@
-"""Losses with batch statistics: sharding the batch over 8 devices changes neither value nor gradient."""
+"""Losses with batch statistics: sharding over 8 devices changes neither value nor gradient."""
 
 import os
 import subprocess

@@ -3,11 +3,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from repalign.losses import whitening
 
 RNG = np.random.default_rng(4)
-MIX = RNG.normal(size=(4, 4))
+MIX = np.diag([3.0, 2.0, 1.0, 0.5]) @ np.linalg.qr(RNG.normal(size=(4, 4)))[0]
 A = (RNG.normal(size=(12, 4)) @ MIX + 3).astype(np.float32)
 B = (RNG.normal(size=(12, 4)) @ MIX - 1).astype(np.float32)
 WHERE = np.arange(12) % 3 > 0
@@ -32,7 +33,7 @@ def newton_schulz_whitened(x, iterations):
     x = x.astype(np.float64)
     covariance = np.cov(x.T)
     trace = np.trace(covariance)
-    p = np.eye(4)
+    p = np.eye(len(covariance))
     for _ in range(iterations):
         p = 1.5 * p - 0.5 * np.linalg.matrix_power(p, 3) @ covariance / trace
     return (x - x.mean(0)) @ p / np.sqrt(trace)
@@ -67,7 +68,7 @@ def test_iterative_whitening_is_the_published_iteration():
 def test_iterative_whitening_stays_stable_where_the_published_form_diverges():
     scales = np.float32([5.0, 2.0, 1.0, 0.2])
     rotation = np.linalg.qr(RNG.normal(size=(4, 4)))[0].astype(np.float32)
-    x = np.linalg.qr(RNG.normal(size=(40, 5)) - 0.0)[0][:, :4].astype(np.float32)
+    x = np.linalg.qr(RNG.normal(size=(40, 5)))[0][:, :4].astype(np.float32)
     x = (x - x.mean(0)) * 6 * scales @ rotation
     result = run(whitening.iterative_whiten, jnp.asarray(x), iterations=25)
     np.testing.assert_allclose(np.cov(result.T), np.eye(4), atol=2e-3)
@@ -81,21 +82,36 @@ def test_iterative_whitening_stays_stable_where_the_published_form_diverges():
     assert not error < 0.1
 
 
-def test_intl_by_hand():
-    def trace_loss(x):
-        return np.sum((np.var(x, axis=0, ddof=1) - 1) ** 2)
+def trace_loss(x):
+    return np.sum((np.var(x, axis=0, ddof=1) - 1) ** 2)
 
-    a, b = newton_schulz_whitened(A, 3), newton_schulz_whitened(B, 3)
-    np.testing.assert_allclose(
-        run(whitening.trace_loss, jnp.asarray(A)), trace_loss(A.astype(np.float64)), rtol=2e-5
-    )
-    expected = np.mean(2 - 2 * cosine(a, b)) + 0.4 * (trace_loss(a) + trace_loss(b))
-    result = run(whitening.intl, jnp.asarray(A), jnp.asarray(B), iterations=3, trade_off=0.4)
-    np.testing.assert_allclose(result, expected, rtol=1e-4)
-    by_rule = run(whitening.intl, jnp.asarray(A), jnp.asarray(B), iterations=3)
-    named = run(whitening.intl, jnp.asarray(A), jnp.asarray(B), iterations=3, trade_off=-0.01)
-    np.testing.assert_allclose(by_rule, named, rtol=1e-5)
+
+def test_trace_loss_by_hand():
+    result = run(whitening.trace_loss, jnp.asarray(A))
+    np.testing.assert_allclose(result, trace_loss(A.astype(np.float64)), rtol=2e-5)
+
+
+@pytest.mark.parametrize("kind", ["batch", "channel"])
+def test_intl_by_hand_and_masked(kind):
+    def reference(a, b, trade_off):
+        if kind == "batch":
+            a, b = newton_schulz_whitened(a, 3), newton_schulz_whitened(b, 3)
+            penalty = trace_loss(a) + trace_loss(b)
+        else:
+            a, b = newton_schulz_whitened(a.T, 3).T, newton_schulz_whitened(b.T, 3).T
+            penalty = trace_loss(a.T) + trace_loss(b.T)
+        return np.mean(2 - 2 * cosine(a, b)) + trade_off * penalty
+
+    loss = functools.partial(whitening.intl, iterations=3, whitening=kind)
+    result = run(loss, jnp.asarray(A), jnp.asarray(B), trade_off=0.4)
+    np.testing.assert_allclose(result, reference(A, B, 0.4), rtol=1e-4)
+    # The default weight is 0.01 (log2 n - 3): 4 dimensions, or the 8 examples that are kept.
     poisoned = jnp.asarray(np.where(WHERE[:, None], A, np.nan))
-    masked = run(whitening.intl, poisoned, jnp.asarray(B), where=jnp.asarray(WHERE))
-    alone = run(whitening.intl, jnp.asarray(A[WHERE]), jnp.asarray(B[WHERE]))
-    np.testing.assert_allclose(masked, alone, rtol=1e-4)
+    masked = run(loss, poisoned, jnp.asarray(B), where=jnp.asarray(WHERE))
+    weight = -0.01 if kind == "batch" else 0.0
+    np.testing.assert_allclose(masked, reference(A[WHERE], B[WHERE], weight), rtol=1e-4)
+
+
+def test_intl_names_the_kinds_of_whitening():
+    with pytest.raises(ValueError, match="'batch' or 'channel'"):
+        whitening.intl(jnp.asarray(A), jnp.asarray(B), whitening="zca")

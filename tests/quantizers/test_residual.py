@@ -1,5 +1,7 @@
 """Residual, product and grouped quantizers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ from repalign.quantizers.residual import (
     residual_vector_quantize,
 )
 from repalign.quantizers.vector import vector_quantize
+
+residual_vector_quantize_jit = jax.jit(residual_vector_quantize)
 
 
 def test_residual_matches_the_reference(golden_losses):
@@ -33,20 +37,21 @@ def _operands():
 
 def test_depth_leaves_out_levels():
     z, codebooks = _operands()
-    full = residual_vector_quantize(z, codebooks)
+    full = residual_vector_quantize_jit(z, codebooks)
     depth = jnp.asarray([0, 1, 2, 3, 3])
-    partial = residual_vector_quantize(z, codebooks, depth=depth)
+    some = residual_vector_quantize_jit(z, codebooks, depth=depth)
     used = np.arange(3) < np.asarray(depth)[:, None]
-    np.testing.assert_array_equal(partial.indices, np.where(used, full.indices, -1))
-    np.testing.assert_array_equal(partial.quantized[0], 0.0)
-    np.testing.assert_array_equal(partial.quantized[1], codebooks[0, full.indices[1, 0]])
-    np.testing.assert_array_equal(residual_losses(z, codebooks, partial.indices)[0], 0.0)
+    np.testing.assert_array_equal(some.indices, np.where(used, full.indices, -1))
+    np.testing.assert_array_equal(some.quantized[0], 0.0)
+    np.testing.assert_array_equal(some.quantized[1], codebooks[0, full.indices[1, 0]])
+    np.testing.assert_array_equal(residual_losses(z, codebooks, some.indices)[0], 0.0)
 
 
 def test_losses_of_each_level_and_their_gradients():
     z, codebooks = _operands()
-    indices = residual_vector_quantize(z, codebooks).indices
+    indices = residual_vector_quantize_jit(z, codebooks).indices
 
+    @jax.jit
     def losses(z, codebooks):
         return residual_losses(z, codebooks, indices, codebook_weight=1.0)
 
@@ -60,22 +65,23 @@ def test_losses_of_each_level_and_their_gradients():
     gradient = jax.grad(lambda c: jnp.sum(losses(z, c)[:, 2]))(codebooks)
     np.testing.assert_array_equal(gradient[:2], 0.0)
     assert np.any(np.asarray(gradient[2]) != 0.0)
-    passed = jax.grad(lambda z: jnp.sum(residual_vector_quantize(z, codebooks).quantized))(z)
+    passed = jax.grad(lambda z: jnp.sum(residual_vector_quantize_jit(z, codebooks).quantized))(z)
     np.testing.assert_array_equal(passed, 1.0)
 
 
 def test_product_and_grouped_equal_their_parts():
     z, codebooks = _operands()
     heads = codebooks[:, :, :2]
-    product = product_quantize(z, heads, codebook_weight=1.0)
-    grouped = grouped_residual_vector_quantize(z, jnp.stack([heads, heads[::-1], heads[:, ::-1]]))
+    product = jax.jit(partial(product_quantize, codebook_weight=1.0))(z, heads)
+    stacks = jnp.stack([heads, heads[::-1], heads[:, ::-1]])
+    grouped = jax.jit(grouped_residual_vector_quantize)(z, stacks)
+    quantize = jax.jit(partial(vector_quantize, codebook_weight=1.0))
     for head in range(3):
         part = slice(2 * head, 2 * head + 2)
-        one = vector_quantize(z[:, part], heads[head], codebook_weight=1.0)
+        one = quantize(z[:, part], heads[head])
         np.testing.assert_array_equal(product.indices[:, head], one.indices)
         np.testing.assert_array_equal(product.quantized[:, part], one.quantized)
-        stack = (heads, heads[::-1], heads[:, ::-1])[head]
-        levels = residual_vector_quantize(z[:, part], stack)
+        levels = residual_vector_quantize_jit(z[:, part], stacks[head])
         np.testing.assert_array_equal(grouped.indices[:, head], levels.indices)
         np.testing.assert_array_equal(grouped.quantized[:, part], levels.quantized)
     np.testing.assert_allclose(
@@ -97,8 +103,8 @@ def test_nested_dropout():
 
 def test_degenerate_input():
     z, codebooks = _operands()
-    assert residual_vector_quantize(z[:0], codebooks).indices.shape == (0, 3)
-    np.testing.assert_array_equal(residual_vector_quantize(z, codebooks[:, :1]).indices, 0)
+    assert residual_vector_quantize_jit(z[:0], codebooks).indices.shape == (0, 3)
+    np.testing.assert_array_equal(residual_vector_quantize_jit(z, codebooks[:, :1]).indices, 0)
     np.testing.assert_array_equal(
         residual_codes(codebooks, jnp.asarray([[-1, 2, -1]]))[0], codebooks[1, 2]
     )

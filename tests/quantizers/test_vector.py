@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,9 @@ def test_value_is_the_code_and_each_loss_trains_its_own_side():
     def loss(z, codebook, **weights):
         return jnp.sum(vector_quantize(z, codebook, **weights).loss)
 
-    gradient = jax.grad(loss, argnums=(0, 1))
+    def gradient(*operands, **weights):
+        return jax.jit(jax.grad(partial(loss, **weights), argnums=(0, 1)))(*operands)
+
     d_z, d_codebook = gradient(z, codebook, commitment_weight=1.0)
     np.testing.assert_allclose(d_z, 2.0 * (z - codebook[result.indices]) / 3, rtol=1e-5)
     np.testing.assert_array_equal(d_codebook, 0.0)
@@ -130,8 +133,9 @@ def test_ema_leaves_out_masked_tokens_and_converges_to_the_mean():
     z = jnp.asarray([[1.0], [3.0], [jnp.nan], [100.0]])
     statistics = init_statistics(jnp.asarray([[0.0], [9.0]]))
     indices, where = jnp.asarray([0, 0, 0, -1]), jnp.asarray([True, True, False, True])
+    update = jax.jit(partial(ema_update, decay=0.8))
     for _ in range(60):
-        codebook, statistics = ema_update(statistics, z, indices, decay=0.8, where=where)
+        codebook, statistics = update(statistics, z, indices, where=where)
     np.testing.assert_allclose(codebook[0], 2.0, rtol=1e-4)
     np.testing.assert_allclose(statistics.cluster_size, [2.0, 0.0], atol=1e-5)
 

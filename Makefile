@@ -1,0 +1,44 @@
+# Every target sets itself up on a machine that has only python3 (3.11 or later) and pip.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint unit table mesh newest clean
+
+demo: $(VENV)/installed  ## The REPA table at a quick setting: three rows, three seeds, real images.
+	$(BIN)/repalign reproduce repa --workdir workdirs/demo --rows baseline,repa,random_teacher \
+	  --config.total_steps=800 --config.evaluation.every=200 --config.checkpoint_every=400
+
+table: $(VENV)/installed  ## The whole REPA table.
+	$(BIN)/repalign reproduce repa --workdir workdirs/repa
+
+test: lint unit
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/test_house_rules.py
+
+unit: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q --durations=15
+
+mesh: $(VENV)/installed-test  ## The sharded tests on eight simulated devices.
+	$(BIN)/python -m pytest -q -k "sharded or mesh"
+
+newest: ## The quick tests on the newest Python found, in an environment of its own.
+	./.ci/newest
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/installed: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable .[test]
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build *.egg-info workdirs
