@@ -3,14 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit table mesh newest clean
+.PHONY: demo test lint unit table tune mesh newest clean
 
 demo: $(VENV)/installed  ## The REPA table at a quick setting: three rows, three seeds, real images.
-	$(BIN)/repalign reproduce repa --workdir workdirs/demo --rows baseline,repa,random_teacher \
+	$(BIN)/repalign reproduce repa --jobs 2 --workdir workdirs/demo --rows baseline,repa,random_teacher \
 	  --config.total_steps=800 --config.evaluation.every=200 --config.checkpoint_every=400
 
 table: $(VENV)/installed  ## The whole REPA table.
-	$(BIN)/repalign reproduce repa --workdir workdirs/repa
+	$(BIN)/repalign reproduce repa --jobs 2 --workdir workdirs/repa
+
+tune: $(VENV)/installed  ## The learning-rate search of the REPA table: the same grid and seed for every row.
+	mkdir -p workdirs/tune
+	for row in baseline repa random_teacher shuffled_teacher constant_teacher efficientnet_teacher; do \
+	  for rate in 2e-3 4e-3 8e-3 1.6e-2; do echo $$row $$rate; done; done | \
+	xargs -P 2 -L 1 sh -c '$(BIN)/repalign train --config repa:$$0 --format json \
+	  --workdir workdirs/tune/$$0-$$1 --cache workdirs/tune/cache --config.seed=100 \
+	  --config.optimizer.learning_rate=$$1 --config.total_steps=1200 --config.evaluation.every=600 \
+	  --config.checkpoint_every=0 > workdirs/tune/$$0-$$1.json'
 
 test: lint unit
 

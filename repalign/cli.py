@@ -4,10 +4,12 @@ Exit status: 0 done; 2 a mistake of the user's, with a short paragraph on stderr
 mistake, the place and the fix; 1 anything else.
 """
 
+import importlib
 import json
 import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,15 +34,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"repalign: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # The reader of our output has left (`repalign papers | head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def train(arguments: Sequence[str]) -> int:
-    """train --config FILE[:variant] --workdir DIR [--config.model.depth=6 ...]
+    """train --config FILE[:variant] --workdir DIR [--cache DIR] [--config.model.depth=6 ...]
 
-    Trains one experiment; resumes if DIR holds a checkpoint of it. FILE is a path or a key.
+    Trains one experiment; resumes if DIR holds a checkpoint of it. FILE is a path or a key. The
+    cache keeps trained encoders and computed columns (WORKDIR/cache if not given).
     """
     own, overrides = _split_overrides(arguments)
-    flag_values = _parse(own, train, config=None, workdir=None, format="text")
+    flag_values = _parse(own, train, config=None, workdir=None, cache=None, format="text")
     _use_compilation_cache()
     from repalign.train import config as configs
     from repalign.train.experiment import assemble
@@ -51,7 +57,8 @@ def train(arguments: Sequence[str]) -> int:
     workdir = pathlib.Path(_required(flag_values, "workdir", train))
     experiment = assemble(configs.override(configs.load_config(name), overrides))
     try:
-        result = run(experiment, workdir, title=name)
+        cache = None if flag_values.cache is None else pathlib.Path(flag_values.cache)
+        result = run(experiment, workdir, cache=cache, title=name)
     except TrainingDiverged as error:
         print(f"repalign: {error}", file=sys.stderr)
         return 1
@@ -164,11 +171,42 @@ def list_names(arguments: Sequence[str]) -> int:
     return 0
 
 
+def bench(arguments: Sequence[str]) -> int:
+    """bench train|codebook|contrastive|neighbors [--config FILE[:variant]] [--format text|json]
+
+    Times a part beside its best alternative on this machine. ``bench train`` needs --config, and
+    leaves out data columns that a trained encoder would have to give.
+    """
+    own, overrides = _split_overrides(arguments)
+    flag_values = _parse(own, bench, positional=1, config=None, format="text")
+    what = lookup({name: name for name in BENCHMARKS}, flag_values.positional[0], kind="benchmark")
+    if what == "train":
+        _use_compilation_cache()
+        from repalign.train import config as configs
+        from repalign.train.bench import bench_train
+        from repalign.train.experiment import assemble
+
+        name = _required(flag_values, "config", bench)
+        experiment = assemble(configs.override(configs.load_config(name), overrides))
+        with tempfile.TemporaryDirectory() as cache:
+            rows = [bench_train(experiment, experiment.source(pathlib.Path(cache)))]
+    else:
+        rows = importlib.import_module(f"repalign.kernels.{what}.bench").run()
+    if flag_values.format == "json":
+        print(json.dumps(rows))
+        return 0
+    _print_rows(list(rows[0]), [[_shown_cell(value) for value in row.values()] for row in rows])
+    return 0
+
+
+BENCHMARKS = ("train", "codebook", "contrastive", "neighbors")
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "reproduce": reproduce,
     "papers": papers,
     "list": list_names,
+    "bench": bench,
 }
 
 
@@ -249,6 +287,10 @@ def _plain(value: Any) -> Any:
 
 def _shown(value: Any) -> str:
     return ", ".join(f"{one:.4g}" for one in (value if isinstance(value, list) else [value]))
+
+
+def _shown_cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _print_rows(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -20,6 +20,8 @@ class UserError(Exception):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Returns a sentence that names the nearest valid name, if any is near, and lists them all."""
     valid = sorted(valid)
+    if not valid:
+        return "There are none."
     matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     hint = f"Did you mean {matches[0]!r}? " if matches else ""
     return f"{hint}Valid: {', '.join(valid)}."

@@ -65,7 +65,7 @@ def _row(name: str, spec: Spec, implementation: str | None, repeats: int) -> dic
     }
 
 
-def rows(
+def run(
     names: Iterable[str] = tuple(SPECS), *, implementation: str | None = None, repeats: int = 5
 ) -> list[dict[str, Any]]:
     """Times the named specs of ``specs.SPECS``; one row each, times as median, fastest and slowest.

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 import repalign.experiments
 from repalign.parallel.mesh import MeshConfig
-from repalign.registry import UserError, from_section, lookup
+from repalign.registry import UserError, from_section, lookup, nearest
 from repalign.train.optimizer import OptimizerConfig
 
 Section = Mapping[str, Any]
@@ -218,6 +218,8 @@ def override(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> ml_
         UserError: an unknown key (with the nearest valid one) or a value of another type.
     """
     config = complete(config)
+    for argument in arguments:
+        _check_path(config, argument)
     flag_values = flags.FlagValues()
     argv = ["repalign", *arguments]
     try:
@@ -229,6 +231,17 @@ def override(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> ml_
     if rest:
         raise UserError(f"arguments that belong to no flag: {' '.join(rest)}.")
     return config
+
+
+def _check_path(config: ml_collections.ConfigDict, argument: str) -> None:
+    """Raises UserError if ``--config.a.b=value`` names no key of the config."""
+    path = argument.partition("=")[0].removeprefix("--config.").split(".")
+    section, place = config, "config"
+    for key in path:
+        if not isinstance(section, ml_collections.ConfigDict) or key not in section:
+            valid = section.keys() if isinstance(section, ml_collections.ConfigDict) else ()
+            raise UserError(f"{argument}: {place} has no key {key!r}. {nearest(key, valid)}")
+        section, place = section[key], f"{place}.{key}"
 
 
 def _write_defaults(section: ml_collections.ConfigDict, cls: type) -> None:

@@ -5,7 +5,7 @@ import hashlib
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -110,7 +110,7 @@ def train(
         MetricsWriter(workdir) as writer,
     ):
         init = initializer(experiment, total_steps)
-        keys = _keys(config.seeds, replicated)
+        keys = run_keys(config.seeds)
         spec = batch_spec(experiment, source.columns)
         abstract = jax.eval_shape(init, keys, spec)
         shardings = state_shardings(abstract, mesh, replicas=replicated)
@@ -191,6 +191,13 @@ def as_specs(spec: PyTree, sharding: jax.sharding.Sharding) -> PyTree:
 def zeros(spec: PyTree) -> PyTree:
     """Returns a batch of zeros in the given shapes."""
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), spec)
+
+
+def run_keys(seeds: Sequence[int]) -> jax.Array:
+    """Returns the key of a run, or one key a replica if there are several seeds."""
+    if len(seeds) == 1:
+        return jax.random.key(seeds[0])
+    return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
 def params_sha256(params: PyTree) -> str:
@@ -316,12 +323,6 @@ def _memory_bytes(compiled: Any) -> int:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _keys(seeds: tuple[int, ...], replicated: bool) -> jax.Array:
-    if not replicated:
-        return jax.random.key(seeds[0])
-    return jnp.stack([jax.random.key(seed) for seed in seeds])
 
 
 def claim_directory(workdir: pathlib.Path, experiment: Experiment) -> None:

@@ -20,7 +20,7 @@ from repalign.numerics import as_float
 from repalign.registry import UserError, nearest
 from repalign.typing import Array, Features, Float, Key, Metrics, PyTree, Scalar, Schedule
 
-Weight = float | Schedule
+Weight = int | float | Schedule
 
 
 class TermOutput(NamedTuple):

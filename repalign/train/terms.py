@@ -13,7 +13,7 @@ import jax
 from repalign.generation import flow
 from repalign.losses import alignment
 from repalign.models.heads import Projector
-from repalign.registry import UserError, nearest, resolve
+from repalign.registry import UserError, check_arguments, nearest, resolve
 from repalign.train.objective import Term, TermOutput
 from repalign.typing import Array, Features, PyTree
 
@@ -150,16 +150,13 @@ def from_config(section: Any) -> Sequence[Term]:
         if "term" not in arguments:
             raise UserError(f"objective.{name}: missing the key 'term', the path of a loss.")
         path, weight = arguments.pop("term"), arguments.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UserError(f"objective.{name}.weight must be a number, not {weight!r}.")
         constructor = resolve(path)
         if not path.startswith("train.terms."):
             made = loss(constructor, name=name, **arguments)
         else:
-            valid = [p for p in inspect.signature(constructor).parameters if p != "name"]
-            for argument in arguments:
-                if argument not in valid:
-                    raise UserError(
-                        f"objective.{name}.{argument}: no such key. {nearest(argument, valid)}"
-                    )
+            check_arguments(constructor, arguments, place=f"objective.{name}")
             made = constructor(name=name, **arguments)
         terms.append(dataclasses.replace(made, weight=weight))
     return terms

@@ -214,6 +214,6 @@ def test_a_named_implementation_is_the_one_that_runs(monkeypatch):
 def test_bench_reports_a_baseline_in_the_same_row(monkeypatch):
     tiny = SPECS["llamagen_16k"]._replace(vectors=32, codes=64)
     monkeypatch.setitem(SPECS, "tiny", tiny)
-    (row,) = bench.rows(["tiny"], repeats=2)
+    (row,) = bench.run(["tiny"], repeats=2)
     assert row["fastest_milliseconds"] <= row["milliseconds"] <= row["slowest_milliseconds"]
     assert row["full_matrix_milliseconds"] > 0 and row["codes"] == 64
