@@ -80,11 +80,11 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def reproduce(arguments: Sequence[str]) -> int:
-    """reproduce KEY [--seeds N] [--rows A,B] [--jobs N] [--workdir DIR] [--format text|json] [--config.x=y]
+    """reproduce KEY [--seeds N] [--rows A,B] [--jobs N] [--workdir DIR] [--config.a=b]
 
     Runs what is missing of a paper's table and prints it with a verdict for each claim. Rows are
-    named by title or variant; --config overrides apply to every row; --jobs rows run at once. Writes table.md, table.json
-    and figure.png to the workdir.
+    named by title or variant; --config overrides apply to every row; --jobs rows run at once.
+    Writes table.md, table.json and figure.png to the workdir. [--format text|json]
     """
     own, overrides = _split_overrides(arguments)
     flag_values = _parse(
@@ -172,7 +172,7 @@ def list_names(arguments: Sequence[str]) -> int:
 
 
 def bench(arguments: Sequence[str]) -> int:
-    """bench train|codebook|contrastive|neighbors [--config FILE[:variant]] [--format text|json]
+    """bench train|codebook|contrastive|neighbors [--config FILE[:variant]]
 
     Times a part beside its best alternative on this machine. ``bench train`` needs --config, and
     leaves out data columns that a trained encoder would have to give.

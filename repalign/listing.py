@@ -11,7 +11,7 @@ KINDS = {kind: kind for kind in ("experiments", "losses", "quantizers", "metrics
 
 
 def listing(kind: str) -> list[tuple[str, str]]:
-    """Returns (name as a config writes it, first line of the docstring) of every entry of a kind."""
+    """Returns (name as a config writes it, docstring's first line) of every entry of a kind."""
     if kind == "experiments":
         entries = []
         for key in experiment_files():

@@ -60,7 +60,9 @@ def resolve(path: str) -> Callable[..., Any]:
     """
     module_name, separator, wanted = path.rpartition(":" if ":" in path else ".")
     if not separator:
-        raise UserError(f"{path!r} is not the path of a function, such as 'losses.contrastive.nt_xent'.")
+        raise UserError(
+            f"{path!r} is not the path of a function, such as 'losses.contrastive.nt_xent'."
+        )
     full_name = module_name if separator == ":" else f"repalign.{module_name}"
     try:
         module = importlib.import_module(full_name)
@@ -140,13 +142,15 @@ def check_arguments(
         raise UserError(f"{place}: missing {', '.join(missing)}.")
 
 
-def build(section: Mapping[str, Any], *given: Any, place: str) -> Any:
-    """Calls the function that a config section names with the section's other keys.
+def check_section(
+    section: Mapping[str, Any], *, place: str, given: int = 0
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Returns the function that a config section names, and the section's other keys.
 
     Args:
         section: a mapping with ``name``, the path of a function or class (see `resolve`).
-        *given: leading positional arguments.
         place: where the section stands, for errors.
+        given: number of leading parameters that the caller supplies.
 
     Raises:
         UserError: no ``name``, no such function, or arguments that do not fit it.
@@ -155,5 +159,15 @@ def build(section: Mapping[str, Any], *given: Any, place: str) -> Any:
     if "name" not in arguments:
         raise UserError(f"{place}: missing the key 'name', the path of a function.")
     function = resolve(arguments.pop("name"))
-    check_arguments(function, arguments, place=place, given=len(given))
+    check_arguments(function, arguments, place=place, given=given)
+    return function, arguments
+
+
+def build(section: Mapping[str, Any], *given: Any, place: str) -> Any:
+    """Calls the function that a config section names with ``given`` and the section's other keys.
+
+    Raises:
+        UserError: see `check_section`.
+    """
+    function, arguments = check_section(section, place=place, given=len(given))
     return function(*given, **arguments)

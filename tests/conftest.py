@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 _CACHE = pathlib.Path(
-    os.environ.get("REPALIGN_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "repalign-test-cache")
+    os.environ.get(
+        "REPALIGN_TEST_CACHE", pathlib.Path(tempfile.gettempdir()) / "repalign-test-cache"
+    )
 )
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,7 +1,7 @@
 """SimCLR (Chen et al. 2020, arXiv:2002.05709): two augmented views of an image attract each other.
 
-Variant ``fashion_mnist`` trains the small encoder that other experiments use as a teacher that never
-saw a label.
+Variant ``fashion_mnist`` trains the small encoder that other experiments use as a teacher that
+never saw a label.
 """
 
 from ml_collections import ConfigDict

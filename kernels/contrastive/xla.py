@@ -3,9 +3,8 @@
 Rows are cut into strided blocks (row ``c * blocks + k`` belongs to block ``k``), so that a batch
 sharded over devices leaves every device an equal part of every block; columns are replicated once
 and cut into contiguous blocks. The two gradients come from two passes, one that streams columns
-past
-the rows and one that streams rows past the columns: an extra matmul, but no sum over devices inside
-a loop.
+past the rows and one that streams rows past the columns: an extra matmul, but no sum over devices
+inside a loop.
 """
 
 from collections.abc import Callable

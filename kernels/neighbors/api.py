@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from . import reference, xla
+from repalign.kernels.neighbors import reference, xla
 
 METRICS = ("inner_product", "euclidean")
 IMPLEMENTATIONS = {"reference": reference.top_k, "xla": xla.top_k}

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from .api import IMPLEMENTATIONS, top_k
-from .specs import SHAPES, Shape
+from repalign.kernels.neighbors.api import IMPLEMENTATIONS, top_k
+from repalign.kernels.neighbors.specs import SHAPES, Shape
 
 
 def run(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .reference import centered, scores
+from repalign.kernels.neighbors.reference import centered, scores
 
 QUERY_BLOCK = 1024
 DATABASE_BLOCK = 4096

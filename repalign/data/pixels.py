@@ -13,7 +13,7 @@ def to_unit_range(images: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def to_signed_range(images: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Returns uint8 images as float32 in [-1, 1]; floating-point latents are returned as they are."""
+    """Returns uint8 images as float32 in [-1, 1]; floating-point latents come back as they are."""
     if jnp.issubdtype(images.dtype, jnp.floating):
         return images
     return images.astype(jnp.float32) * (2.0 / 255.0) - 1.0

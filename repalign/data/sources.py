@@ -7,7 +7,7 @@ after a source (repalign.data.pipeline) only ever calls ``gather``.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -152,6 +152,23 @@ class TfdsSource:
             ) from error
 
 
+def tfds_source(
+    dataset: str,
+    split: str = "train",
+    *,
+    keys: Sequence[str] = ("image", "label"),
+    data_dir: str = "",
+) -> TfdsSource:
+    """Returns a `TfdsSource`, from a config: there ``name`` is the function's own.
+
+    An empty ``data_dir`` is TFDS's default.
+
+    Raises:
+        UserError: see `TfdsSource`.
+    """
+    return TfdsSource(dataset, split, keys=tuple(keys), data_dir=data_dir or None)
+
+
 def _open_tfds(name: str, split: str, data_dir: str | pathlib.Path | None) -> Any:
     """Opens a prepared data set; every failure becomes a UserError with the fix."""
     # Imported here: TFDS takes seconds to import and most runs never read it.
@@ -163,7 +180,8 @@ def _open_tfds(name: str, split: str, data_dir: str | pathlib.Path | None) -> An
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(
             f"data set {name!r}: TFDS has no data set of this name, and none is prepared in "
-            f"{place}."
+            f"{place}. Prepare it as array_record files and give the directory that holds the "
+            f"folder {name.partition(':')[0]} as data_dir."
         ) from error
     if not builder.info.splits or not builder.info.file_format:
         prepared = False

@@ -76,8 +76,8 @@ def euler_maruyama(
 ) -> Float[Array, "batch *rest"]:
     """Integrates the reverse SDE from noise to data; the last of the ``steps`` is its mean.
 
-    With s the time from the data (1 at the noise), w(s) the diffusion coefficient and ``score`` from
-    the velocity, a step of length ``h = |dt|`` is
+    With s the time from the data (1 at the noise), w(s) the diffusion coefficient and ``score``
+    from the velocity, a step of length ``h = |dt|`` is
 
         x <- x + v dt + w/2 score h + sqrt(w h) noise
 

@@ -3,10 +3,10 @@
 Every loss acts on the whole batch that it is given and returns one value per anchor. The softmax
 and sigmoid losses never hold more than ``kernels.contrastive.api.DENSE_ENTRIES`` logits: larger
 batches are streamed in blocks, with the same values and gradients (reverse mode, first order).
-``where`` masks
-examples: a masked example is neither an anchor nor a negative, and its value is 0.
+``where`` masks examples: a masked example is neither an anchor nor a negative, and its value is 0.
 """
 
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,10 @@ from repalign.numerics import as_float, cosine_similarity, inner_products, l2_no
 from repalign.registry import lookup
 from repalign.typing import Array, ArrayLike, Bool, Float, Int
 
-LOG_SMALL = -103.61632918473205
-"""``log(1e-45)``, which one implementation of DCL adds to the logits that it masks."""
-
-
-AGGREGATE = {"outside": False, "inside": True}
-MASKING = {"excluded": False, "additive": True}
-NORMALIZER = {"mean": True, "sum": False}
+_LOG_SMALL = math.log(1e-45)  # what one implementation of DCL adds to the logits that it masks
+_IS_INSIDE = {"outside": False, "inside": True}
+_IS_ADDITIVE = {"excluded": False, "additive": True}
+_IS_MEAN = {"mean": True, "sum": False}
 
 
 def _keep(values, where):
@@ -96,7 +93,7 @@ def _one_way(queries, keys, temperature, negatives, positives, aggregate, where)
     logits = inner_products(queries, keys) / temperature
     positives = positives if where is None else positives & where[None, :]
     count = jnp.sum(positives, axis=1)
-    if lookup(AGGREGATE, aggregate, kind="aggregate"):
+    if lookup(_IS_INSIDE, aggregate, kind="aggregate"):
         # A row without a positive reduces over everything, so that its unused gradient is finite.
         matched = jax.nn.logsumexp(logits, axis=1, where=positives | (count == 0)[:, None])
     else:
@@ -175,8 +172,8 @@ def dcl_one_way(
     Returns:
         [N].
 
-    Source: Yeh et al. 2021 (DCL), eq. 6; raminnakhli/Decoupled-Contrastive-Learning@50991ef
-    loss/dcl.py (DCL) is the additive form.
+    Source: Yeh et al. 2021 (DCL); raminnakhli/Decoupled-Contrastive-Learning@50991ef loss/dcl.py
+    (DCL) is the additive form.
     """
     a, b = as_float(a), as_float(b)
     ids = (jnp.arange(len(a)), jnp.arange(2 * len(a)) // 2)
@@ -184,9 +181,9 @@ def dcl_one_way(
         a, _interleave(a, b), scale=1.0 / temperature, exclude=ids, where=_twice(where)
     )
     positive = jnp.sum(a * b, axis=1) / temperature
-    if lookup(MASKING, masking, kind="masking"):
+    if lookup(_IS_ADDITIVE, masking, kind="masking"):
         own = jnp.sum(jnp.square(a), axis=1) / temperature
-        negative = jnp.logaddexp(negative, jnp.logaddexp(own, positive) + LOG_SMALL)
+        negative = jnp.logaddexp(negative, jnp.logaddexp(own, positive) + _LOG_SMALL)
     else:
         negative = jnp.where(jnp.isfinite(negative), negative, 0.0)
     return _keep(negative - (positive if weights is None else weights * positive), where)
@@ -205,7 +202,7 @@ def dcl(
     Inputs are normalised inside. Returns [2N]: the anchors of ``a``, then those of ``b``. The
     arguments are those of ``dcl_one_way``.
 
-    Source: Yeh et al. 2021 (DCL), eq. 6; lightly 1.6.0 loss/dcl_loss.py.
+    Source: Yeh et al. 2021 (DCL); lightly 1.6.0 loss/dcl_loss.py.
     """
     a, b = l2_normalize(a), l2_normalize(b)
     options = {"temperature": temperature, "masking": masking, "where": where}
@@ -233,24 +230,24 @@ def dclw(
         sigma: positive scalar, the width of the weighting.
         normalizer: ``"mean"`` is the equation, with the weights stop-gradiented as in lightly;
             ``"sum"`` divides by the sum and lets the gradient through, as raminnakhli's code does
-            (its weights lie within 1/N of 2 on average).
+            at the commit below (its weights average 2 - 1/N; since f876c83 that code multiplies by
+            N).
         masking: see ``dcl_one_way``.
         where: [N]; examples to use.
 
     Returns:
         [2N]: the anchors of ``a``, then those of ``b``.
 
-    Source: Yeh et al. 2021 (DCL), section on DCLW; lightly 1.6.0 loss/dcl_loss.py;
+    Source: Yeh et al. 2021 (DCL), DCLW; lightly 1.6.0 loss/dcl_loss.py;
     raminnakhli/Decoupled-Contrastive-Learning@50991ef loss/dcl.py (DCLW).
     """
     a, b = l2_normalize(a), l2_normalize(b)
     used = jnp.ones(len(a), bool) if where is None else where
     share = jax.nn.softmax(jnp.sum(a * b, axis=1) / sigma, where=used)
-    if lookup(NORMALIZER, normalizer, kind="normalizer"):
+    if lookup(_IS_MEAN, normalizer, kind="normalizer"):
         share = jax.lax.stop_gradient(share) * jnp.sum(used)
-    options = {
-        "temperature": temperature, "weights": 2.0 - share, "masking": masking, "where": where
-    }  # fmt: skip
+    options = {"temperature": temperature, "masking": masking, "where": where}
+    options["weights"] = 2.0 - share
     return jnp.concatenate([dcl_one_way(a, b, **options), dcl_one_way(b, a, **options)])
 
 
@@ -282,8 +279,8 @@ def sup_con(
     Returns:
         [N].
 
-    Source: Khosla et al. 2020 (SupCon), eq. 2 (outside) and 3 (inside); HobbitLong/SupContrast
-    losses.py. The official mean counts anchors without a positive as 0; others leave them out.
+    Source: Khosla et al. 2020 (SupCon), eq. 2 (outside) and 3 (inside);
+    HobbitLong/SupContrast@66a8fe5 losses.py. The official mean counts anchors without a positive as 0; others leave them out.
     """
     x = l2_normalize(x)
     scale, ids = 1.0 / temperature, jnp.arange(len(x))
@@ -292,7 +289,7 @@ def sup_con(
     classes = jnp.unique(labels, return_inverse=True, size=len(x))[1]
     counts = jax.ops.segment_sum(used.astype(jnp.int32), classes, len(x))[classes] - 1
     total = log_sum_exp(x, x, scale=scale, exclude=(ids, ids), where=where)
-    if lookup(AGGREGATE, aggregate, kind="aggregate"):
+    if lookup(_IS_INSIDE, aggregate, kind="aggregate"):
         matched = log_sum_exp(
             x, x, scale=scale, exclude=(ids, ids), include=(labels, labels), where=where
         ) - jnp.log(jnp.maximum(counts, 1))
@@ -318,8 +315,7 @@ def clip(
         a: [N, D], e.g. images.
         b: [N, D], e.g. texts.
         logit_scale: scalar, the natural logarithm of the scale (CLIP starts at log(1/0.07) and
-        keeps
-            it below log(100); the clamp belongs to the optimizer step).
+            keeps it below log(100); the clamp belongs to the optimizer step).
         where: [N]; examples to use.
 
     Returns:
@@ -427,8 +423,7 @@ def triplet(
 
     Source: Schroff et al. 2015 (FaceNet), section 3.1.
     """
-
-    between = lookup(DISTANCES, distance, kind="distance")
+    between = lookup(_DISTANCES, distance, kind="distance")
     return jax.nn.relu(between(anchor, positive) - between(anchor, negative) + margin)
 
 
@@ -441,7 +436,7 @@ def _euclidean(x, y):
     return jnp.where(squared > 0, jnp.sqrt(jnp.where(squared > 0, squared, 1.0)), 0.0)
 
 
-DISTANCES = {
+_DISTANCES = {
     "squared_euclidean": _squared_euclidean,
     "euclidean": _euclidean,
     "cosine": lambda x, y: 1.0 - cosine_similarity(x, y),

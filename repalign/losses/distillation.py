@@ -156,8 +156,7 @@ def attention_transfer(
     """Squared difference of normalised activation maps, averaged over the tokens.
 
     The map of an example is ``mean_d x_td^2``, scaled to unit length over its tokens.
-    Source: Zagoruyko & Komodakis (arXiv:1612.03928) (p = 2, here squared, as in their
-    code).
+    Source: Zagoruyko & Komodakis (arXiv:1612.03928) (p = 2, here squared, as in their code).
     """
 
     def activation(x):
@@ -173,9 +172,9 @@ def gram_style(
 ) -> Float[Array, "batch"]:
     """``||G(s) - G(t)||_F^2`` with the channels' Gram matrix ``G(x) = x^T x / (T D)``.
 
-    It compares which channels are active together, wherever they are. Source: Johnson et al.
-    (arXiv:1603.08155). (For Gram matrices over tokens: ``alignment.
-    self_similarity_alignment``.)
+    It compares which channels are active together, wherever they are; over tokens instead of
+    channels, ``alignment.self_similarity_alignment`` does. Source: Johnson et al.
+    (arXiv:1603.08155).
     """
 
     def gram(x):

@@ -94,8 +94,8 @@ def cluster_restricted_info_nce(
     Returns:
         [N].
 
-    Source: Zhang et al. 2024 (MCL); MajorDavidZhang/MCL@4f11473 obtains the same by
-    drawing each batch from one cluster.
+    Source: Zhang et al. 2024 (MCL); MajorDavidZhang/MCL@4f11473 obtains the same by drawing each
+    batch from one cluster.
     """
     queries, keys, ids = l2_normalize(queries), l2_normalize(keys), jnp.arange(len(queries))
     negative = log_sum_exp(
@@ -186,12 +186,13 @@ def mochi(
     ``-log( e^{q.k/t} / (e^{q.k/t} + sum_{n in queue} e^{q.n/t} + sum_h e^{q.h/t}) )`` on unit
     vectors (normalised inside), h over ``mix_hard_negatives``. Queue and mixtures are
     stop-gradiented (for the mixtures with the query the paper does not say; no official code is
-    public); ``keys`` are not.
+    public); ``keys`` are not. Every query has mixtures of its own: N (mixed + query_mixed) D
+    numbers are held, beside the N x K similarities of the ranking.
 
     Args:
         queries: [N, D].
         keys: [N, D]; row i is the positive of query i.
-        queue: [K, D], negatives. All N x K similarities are held, for the ranking.
+        queue: [K, D], negatives.
         key: for the mixtures.
         temperature: positive scalar.
         hardest: N of the paper, at most K.

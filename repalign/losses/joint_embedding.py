@@ -233,9 +233,8 @@ def emp_ssl(
     views = as_float(views)
     agreement = cosine_similarity(views, jnp.broadcast_to(jnp.mean(views, axis=0), views.shape))
     rates = [total_coding_rate(view, epsilon=epsilon, where=where) for view in views]
-    return -invariance_weight * masked_mean(jnp.mean(agreement, axis=0), where) - sum(rates) / len(
-        rates
-    )
+    invariance = masked_mean(jnp.mean(agreement, axis=0), where)
+    return -invariance_weight * invariance - sum(rates) / len(rates)
 
 
 def lejepa(

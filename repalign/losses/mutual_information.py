@@ -118,10 +118,10 @@ def patch_info_nce(
     Raises:
         UserError: an unknown name in ``negatives``.
 
-    Source: Park et al. 2020 (CUT);
-    taesungp/contrastive-unpaired-translation@5cd1ecc models/patchnce.py. There the positive's place
-    among the negatives is filled with -10 before the division by t, here it is left out; the two
-    differ by e^(-10/t) in the denominator, 1e-62 at the default.
+    Source: Park et al. 2020 (CUT); taesungp/contrastive-unpaired-translation@5cd1ecc
+    models/patchnce.py. There the positive's place among the negatives is filled with -10 before the
+    division by t, here it is left out; the two differ by e^(-10/t) in the denominator, 1e-62 at the
+    default.
     """
     queries, keys = l2_normalize(queries), lax.stop_gradient(l2_normalize(keys))
     own = jnp.sum(queries * keys, axis=2) / temperature

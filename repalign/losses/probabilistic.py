@@ -60,16 +60,20 @@ def sample_von_mises_fisher(
 
         # A round accepts about two in three; the bound is for a NaN, which never would be.
         start = (key, jnp.zeros(shape), jnp.zeros(shape, bool), jnp.zeros((), jnp.int32))
-        return lax.while_loop(lambda state: ~jnp.all(state[2]) & (state[3] < 100), propose, start)[
-            1
-        ]
+
+        def unfinished(state: tuple[Array, Array, Array, Array]) -> Array:
+            return ~jnp.all(state[2]) & (state[3] < 100)
+
+        return lax.while_loop(unfinished, propose, start)[1]
 
     radial_key, tangent_key = jax.random.split(key)
-    constants = lax.stop_gradient((b, concentration))
-    w = cosine(accepted(radial_key, *constants), b)
-    rest = 1.0 - jnp.square(w)
+    proposal = accepted(radial_key, *lax.stop_gradient((b, concentration)))
+    w = cosine(proposal, b)
+    # sqrt(1 - w^2) in closed form: the difference has no digits left at a large concentration.
+    rest = b * proposal * (1.0 - proposal)
     inside = rest > 0
     sine = jnp.where(inside, jnp.sqrt(jnp.where(inside, rest, 1.0)), 0.0)
+    sine = 2.0 * sine / (1.0 - (1.0 - b) * proposal)
     tangent = l2_normalize(jax.random.normal(tangent_key, (*shape, dim - 1)))
     upright = jnp.concatenate([w[..., None], sine[..., None] * tangent], axis=-1)
     axis = l2_normalize(jnp.zeros(dim).at[0].set(1.0) - mean)
@@ -91,7 +95,7 @@ def mc_info_nce(
 
     ``-log mean_s( e^{k z.z+} / (e^{k z.z+} + 1/M sum_m e^{k z.z_m}) )`` with z ~ vMF(a_i),
     z+ ~ vMF(b_i) and the negatives z_m the draws of z+ for the M examples that precede i in the
-    batch (cyclically), as in the official code without explicit negatives. At least 0.
+    batch (cyclically); the official code without explicit negatives is M = 1. At least 0.
 
     Args:
         mean_a: [N, D], normalised inside.
@@ -106,9 +110,16 @@ def mc_info_nce(
     Returns:
         [N].
 
+    Raises:
+        ValueError: ``negatives`` out of range: further ones would be positives.
+
     Source: Kirchhof et al. 2023; mkirchhof/Probabilistic_Contrastive_Learning@31a8ae2
     utils/losses.py (MCInfoNCE), where the positive stands in the denominator with weight 1.
     """
+    if not 1 <= negatives <= max(len(mean_a) - 1, 1):
+        raise ValueError(
+            f"`negatives` is {negatives}, but a batch of {len(mean_a)} has no so many."
+        )
     a_key, b_key = jax.random.split(key)
     a = sample_von_mises_fisher(a_key, mean_a, concentration_a, samples=samples)
     b = sample_von_mises_fisher(b_key, mean_b, concentration_b, samples=samples)

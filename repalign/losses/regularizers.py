@@ -149,8 +149,9 @@ def dispersive(
     Features are flattened to D numbers per example and the mean runs over all N^2 pairs with
     i = j, so the loss is at least -log N.
 
-    Source: Wang & He, Diffuse and Disperse (arXiv:2506.09027), the l2 InfoNCE variant. The
-    division by D is the released code's; the paper's temperature of 0.5 stands without it.
+    All N x N distances are held. Source: Wang & He, Diffuse and Disperse (arXiv:2506.09027), the l2
+    InfoNCE variant. The division by D is the released code's (raywang4/DispLoss, ``disp_loss``),
+    which has no temperature; the paper's stands without that division.
     """
     x = as_float(x).reshape(x.shape[0], -1)
     x, _ = keep(x, where)

@@ -24,8 +24,8 @@ class GaussianStatistics:
     """Mergeable mean and covariance of a set of features, in float64 on the host.
 
     Float64, because the Frechet distance takes differences of traces that are orders of magnitude
-    larger than itself. ``a.merge(b)`` is exact in any order up to float64 rounding, and
-    never subtracts raw second moments.
+    larger than itself. ``a.merge(b)`` is exact in any order up to float64 rounding, and never
+    subtracts raw second moments.
 
     Attributes:
         count: number of examples.
@@ -38,7 +38,7 @@ class GaussianStatistics:
     moment: Float[np.ndarray, "dim dim"]
 
     def merge(self, other: "GaussianStatistics") -> "GaussianStatistics":
-        """Returns the statistics of both sets together (Chan, Golub and LeVeque 1983, Eq. 1.5)."""
+        """Returns the statistics of both sets together (Chan, Golub and LeVeque 1983)."""
         count = self.count + other.count
         if count == 0:
             return self
@@ -116,8 +116,8 @@ def kernel_distance(real: Num[Array, "real dim"], generated: Num[Array, "generat
     """Unbiased squared maximum mean discrepancy under the kernel ``(<x, y> / dim + 1)^3``.
 
     Zero in expectation when both sets have the same distribution; may be negative. All pairs of
-    both sets enter, in bounded memory, where Binkowski et al. 2018 (Demystifying MMD GANs, Section
-    3) average the same estimator over random subsets of 1000: same expectation, less variance, no
+    both sets enter, in bounded memory, where Binkowski et al. 2018 (Demystifying MMD GANs)
+    average the same estimator over random subsets of 1000: same expectation, less variance, no
     randomness.
     """
     real, generated = numerics.as_float(real), numerics.as_float(generated)
@@ -171,7 +171,7 @@ def density_coverage(
     Density: mean over generated points of the number of real points' k-neighbour balls that hold
     it, over k. Coverage: share of real points whose own ball holds a generated point.
 
-    Naeem et al. 2020 (Reliable Fidelity and Diversity Metrics), Eq. 3 and 4.
+    Naeem et al. 2020 (Reliable Fidelity and Diversity Metrics).
 
     Raises:
         ValueError: k is not below the number of real points.

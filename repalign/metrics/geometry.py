@@ -26,8 +26,7 @@ def two_nn_dimension(
     without the largest ``discard`` share; ``"maximum_likelihood"`` is ``n / sum log(mu)`` and uses
     all. Points with a duplicate (``r_1 = 0``) have no ratio and are left out; NaN if none remains.
 
-    Facco et al. 2017 (Estimating the intrinsic dimension by a minimal neighborhood information),
-    Section "The two-NN estimator".
+    Facco et al. 2017 (Estimating the intrinsic dimension by a minimal neighborhood information).
 
     Raises:
         ValueError: an unknown estimator or a share outside [0, 1).
@@ -58,7 +57,7 @@ def isotropy(features: Num[Array, "batch dim"]) -> Scalar:
     """``min_c Z(c) / max_c Z(c)`` with ``Z(c) = sum_i exp(<c, x_i>)``; in [0, 1], 1 is isotropic.
 
     c runs over the unit eigenvectors of ``X'X``. Their sign is not defined; both are taken, so that
-    the value is. Mu and Viswanath 2018 (All-but-the-Top), Section 2.1, Eq. 4 and 5.
+    the value is. Mu and Viswanath 2018 (All-but-the-Top).
     """
     features = numerics.as_float(features)
     directions = jnp.linalg.eigh(numerics.inner_products(features.T, features.T))[1]
@@ -89,7 +88,7 @@ def average_cosine(features: Num[Array, "batch dim"]) -> Scalar:
 def modality_gap(a: Num[Array, "batch_a dim"], b: Num[Array, "batch_b dim"]) -> Scalar:
     """``|mean of a/|a| - mean of b/|b||``, in [0, 2].
 
-    Liang et al. 2022 (Mind the Gap), Section 4.1.
+    Liang et al. 2022 (Mind the Gap).
     """
     gap = jnp.mean(numerics.l2_normalize(a), axis=0) - jnp.mean(numerics.l2_normalize(b), axis=0)
     return jnp.linalg.norm(gap)

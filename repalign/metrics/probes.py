@@ -183,9 +183,9 @@ def linear_probe(
     """Top-1 test accuracy, in [0, 1], of ``fit_linear_classifier`` on frozen features.
 
     Features are standardised by the training set, as by the parameter-free batch norm of REPA's
-    protocol (Yu et al. 2025; as in He et al. 2022, MAE). That protocol then runs Adam for
-    90 epochs at batch 16,384; here the convex problem is solved itself, with
-    the weak default ``l2`` in place of early stopping. May be mapped over replicas with ``vmap``.
+    protocol (Yu et al. 2025; as in He et al. 2022, MAE). That protocol then runs Adam for 90
+    epochs at batch 16,384; here the convex problem is solved itself, with the weak default ``l2``
+    in place of early stopping. May be mapped over replicas with ``vmap``.
     """
     classifier = fit_linear_classifier(
         train_features, train_labels, classes=classes, l2=l2, iterations=iterations

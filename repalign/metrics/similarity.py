@@ -40,7 +40,7 @@ def cka(
     or ``exp(-|x - y|^2 / (2 sigma^2))``. The linear kernel with more examples than dimensions takes
     the equal form ``|A_c' B_c|_F^2``, which needs no N x N matrix.
 
-    Kornblith et al. 2019 (Similarity of Neural Network Representations Revisited), Eq. 1 and 3. The
+    Kornblith et al. 2019 (Similarity of Neural Network Representations Revisited). The
     ``epsilon`` is platonic-rep's.
 
     Raises:
@@ -65,7 +65,7 @@ def unbiased_cka(
     About 0 for independent representations at any N and width, where the biased form tends to 1 as
     width grows past N; may be slightly negative.
 
-    Song et al. 2012 (Feature Selection via Dependence Maximization), Eq. 5.
+    Song et al. 2012 (Feature Selection via Dependence Maximization).
 
     Raises:
         ValueError: an unknown kernel, or fewer than 4 examples.

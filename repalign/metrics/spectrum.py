@@ -26,7 +26,7 @@ def effective_rank(
     """RankMe: ``exp(-sum_k p_k log p_k)`` with ``p_k = s_k / sum_j s_j + epsilon``.
 
     The exponential of the entropy of the normalised singular values; in [1, min(batch, dim)] up to
-    epsilon. Garrido et al. 2023 (RankMe), Eq. 1 and 2, after Roy and Vetterli 2007. RankMe does not
+    epsilon. Garrido et al. 2023 (RankMe), after Roy and Vetterli 2007. RankMe does not
     centre the features, the default here.
     """
     values = singular_values(features, center=center)
@@ -56,7 +56,7 @@ def power_law_exponent(
     Least squares of ``log v_k`` on ``-log k`` over the ranks ``first..last`` (from 1, inclusive),
     each weighted by 1/k. Near 1 for representations that generalise well; larger is a faster decay.
 
-    Agrawal et al. 2022 (alpha-ReQ), Section 3, which states no range; ranks 4 to 100 and the
+    Agrawal et al. 2022 (alpha-ReQ) states no range; ranks 4 to 100 and the
     weights are those of its code, whose fit is MouseLand/stringer-pachitariu-et-al-2018b@79850db:
     python/utils.py (get_powerlaw).
 

@@ -13,7 +13,7 @@ from repalign.typing import Array, Float
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution with "SAME" padding, as one matrix product over shifted copies of the input.
+    """A 3x3 convolution with "SAME" padding, as one matrix product over shifted inputs.
 
     Equal to ``nn.Conv``, whose parameters it has. On CPU its gradient takes 0.75 of the time.
     """

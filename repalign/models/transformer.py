@@ -69,7 +69,7 @@ def from_nhwc(x: Float[Array, "..."], data_format: DataFormat) -> Float[Array, "
 
 
 def layer_norm(x: Float[Array, "*shape width"], *, epsilon: float) -> Float[Array, "*shape width"]:
-    """Returns ``(x - mean) / sqrt(var + epsilon)`` over the last axis, in float32; var is biased."""
+    """Returns ``(x - mean) / sqrt(var + epsilon)`` over the last axis, float32, variance biased."""
     x = as_float(x)
     # A mean as a product with a constant vector: XLA's CPU backend runs the row reductions of the
     # backward pass three times slower; its GPU and TPU backends turn this back into reductions.
@@ -161,7 +161,7 @@ class Blocks(nn.Module):
     """``depth`` blocks in sequence; the outputs of the blocks in ``taps`` (from 1) are kept.
 
     Attributes:
-        block: makes one block; a block is called as ``block(x, *conditioning)`` and keeps x's shape.
+        block: makes one block; it is called as ``block(x, *conditioning)`` and keeps x's shape.
         scan: run the blocks by ``lax.scan`` over parameters stacked on a leading layer axis (one
             variable ``layers``) instead of a Python loop (``block_1``, ``block_2``, ...). The scan
             is cut at the taps, so that no other layer's output is stacked, and compile time grows

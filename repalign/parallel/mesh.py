@@ -67,7 +67,8 @@ def check_batch(batch_size: int, mesh: jax.sharding.Mesh) -> None:
     if batch_size % shards:
         raise UserError(
             f"data.batch_size {batch_size} does not divide over the {shards} devices of mesh axes "
-            f"data and fsdp; {batch_size // shards * shards} or {-(-batch_size // shards) * shards} would."
+            f"data and fsdp; {batch_size // shards * shards} or "
+            f"{-(-batch_size // shards) * shards} would."
         )
 
 

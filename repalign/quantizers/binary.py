@@ -112,8 +112,8 @@ def lfq(
     Raises:
         ValueError: more than 31 bits, or a group that is too large or does not divide them.
 
-    Source: Yu et al. 2023 (MAGVIT-v2, arXiv 2310.05737), equation 3; defaults and the floor
-    1e-5 in the log as in vector-quantize-pytorch 1.32.0: lookup_free_quantization.py.
+    Source: Yu et al. 2023 (MAGVIT-v2, arXiv 2310.05737); defaults and the floor 1e-5 in the log as
+    in vector-quantize-pytorch 1.32.0: lookup_free_quantization.py.
     """
     z = as_float(z)
     quantized = jnp.where(z > 0, 1.0, -1.0).astype(z.dtype)

@@ -107,8 +107,7 @@ def sample_indices(
     Raises:
         ValueError: z and codes of different dimensions, an empty codebook.
 
-    Source: Takida et al. 2022 (SQ-VAE, arXiv
-    2205.07547), with ``temperature`` = 2 variance.
+    Source: Takida et al. 2022 (SQ-VAE, arXiv 2205.07547), with ``temperature`` = 2 variance.
     """
     if z.shape[-1] != codebook.shape[-1] or codebook.shape[0] == 0:
         raise ValueError(f"z {z.shape} and a codebook {codebook.shape} do not belong together.")

@@ -123,9 +123,8 @@ def revive_dead_codes(
     codes are dead than there are vectors, a random choice of them is revived and the rest wait. The
     same key gives the same answer however z is sharded. No gradient.
 
-    Source: Dhariwal et al. 2020 (Jukebox, arXiv 2005.00341), random restarts;
-    threshold and reset as in vector-quantize-pytorch 1.32.0: vector_quantize_pytorch.py,
-    ``expire_codes_``.
+    Source: Dhariwal et al. 2020 (Jukebox, arXiv 2005.00341), random restarts; threshold and reset
+    as in vector-quantize-pytorch 1.32.0: vector_quantize_pytorch.py, ``expire_codes_``.
     """
     z = lax.stop_gradient(as_float(z)).reshape(-1, z.shape[-1])
     if z.shape[0] == 0:

@@ -60,8 +60,7 @@ def wasserstein_codebook(
         ValueError: dimensions that differ, epsilon not positive.
 
     Source: Vuong et al. 2023 (VQ-WAE, arXiv 2302.05917); VuongLong/VQ-WAE@f0d7890: quantizer.py,
-    ``compute_OT_loss``; Genevay et al. 2016
-    (arXiv 1605.08527) for the semi-dual.
+    ``compute_OT_loss``; Genevay et al. 2016 (arXiv 1605.08527) for the semi-dual.
     """
     if epsilon <= 0:
         raise ValueError(f"epsilon={epsilon} must be positive.")

@@ -204,7 +204,8 @@ def _write_outputs(
             arrays = store.artifacts(member.id)
             if row not in samples and "last" in arrays and "samples" in arrays["last"]:
                 samples[row] = arrays["last"]["samples"]
-    recorded = {name for row in evaluation.results.values() for r in row.values() for name in r.curves}
+    finished = [result for row in evaluation.results.values() for result in row.values()]
+    recorded = {name for result in finished for name in result.curves}
     drawn = next((column.name for column in table.columns if column.name in recorded), None)
     if drawn is not None:
         figure.save_figure(

@@ -444,5 +444,5 @@ def _run(row: sqlite3.Row) -> Run:
     return Run(**fields)
 
 
-def _number(value: float | None) -> float:
+def _number(value: int | float | None) -> float:
     return math.nan if value is None else float(value)

@@ -7,13 +7,14 @@ import importlib.util
 import json
 import pathlib
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import ml_collections
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import config_dict, config_flags
 
 import repalign.experiments
 from repalign.parallel.mesh import MeshConfig
@@ -30,10 +31,10 @@ class DataConfig:
     Attributes:
         source: ``name`` (the path of a source function) and its arguments.
         batch_size: examples in a global batch, of one replica.
-        columns: further columns of the source by name, computed once and cached; each a section with
-            ``name`` and arguments (see `repalign.train.teachers`).
-        spec: shapes and dtypes of one example by column, ``{"image": ([256, 256, 3], "uint8")}``, for
-            planning without the data; the source itself says so if None.
+        columns: further columns of the source by name, computed once and cached; each a section
+            with ``name`` and arguments (see `repalign.train.teachers`).
+        spec: shapes and dtypes of one example by column, ``{"image": ([256, 256, 3], "uint8")}``,
+            for planning without the data; the source itself says so if None.
     """
 
     source: Section
@@ -76,7 +77,8 @@ class ExperimentConfig:
     Attributes:
         data, optimizer, evaluation, mesh: see their classes.
         model: the backbone: ``name`` and its fields.
-        forward: how a batch becomes features: ``name`` (see `repalign.train.forward`) and arguments.
+        forward: how a batch becomes features: ``name`` (see `repalign.train.forward`) and
+            arguments.
         objective: the terms by name (see `repalign.train.terms.from_config`).
         seed: seed of the first replica; replica i has ``seed + i``.
         replicas: how many seeds train at once, along a vmapped axis.
@@ -129,8 +131,8 @@ def parse(config: ml_collections.ConfigDict) -> ExperimentConfig:
     """Turns a ConfigDict into dataclasses.
 
     Raises:
-        UserError: a key that does not exist, a missing one, or a value that cannot be; the text names
-            the key, the place and the nearest valid key.
+        UserError: a key that does not exist, a missing one, or a value that cannot be; the text
+            names the key, the place and the nearest valid key.
     """
     sections = config.copy_and_resolve_references().to_dict()
     for name, cls in _SECTIONS.items():
@@ -200,7 +202,7 @@ def load_config(name: str) -> ml_collections.ConfigDict:
 
 
 def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Returns a copy in which every field with a default is written out, so that it can be overridden."""
+    """Returns a copy with every default written out, so that it can be overridden."""
     config = copy.deepcopy(config)
     with config.unlocked():
         for name, cls in _SECTIONS.items():
@@ -211,7 +213,9 @@ def complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return config
 
 
-def override(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> ml_collections.ConfigDict:
+def override(
+    config: ml_collections.ConfigDict, arguments: Sequence[str]
+) -> ml_collections.ConfigDict:
     """Applies command-line overrides, ``--config.model.depth=6``, to a completed copy of a config.
 
     Raises:
@@ -220,8 +224,8 @@ def override(config: ml_collections.ConfigDict, arguments: Sequence[str]) -> ml_
     config = complete(config)
     for argument in arguments:
         _check_path(config, argument)
+    argv = ["repalign", *(one for one in arguments if not _set_to_none(config, one))]
     flag_values = flags.FlagValues()
-    argv = ["repalign", *arguments]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=argv)
         rest = flag_values(argv)[1:]
@@ -244,11 +248,45 @@ def _check_path(config: ml_collections.ConfigDict, argument: str) -> None:
         section, place = section[key], f"{place}.{key}"
 
 
+def _set_to_none(config: ml_collections.ConfigDict, argument: str) -> bool:
+    """Carries out ``--config.a.b=None``, which absl cannot, if that field may be None."""
+    path, _, value = argument.partition("=")
+    *sections, name = path.removeprefix("--config.").split(".")
+    owners = {(): ExperimentConfig, **{(section,): cls for section, cls in _SECTIONS.items()}}
+    owner = tuple(sections)
+    if value != "None" or owner not in owners or _optional_number(owners[owner], name) is None:
+        return False
+    (config[sections[0]] if sections else config)[name] = None
+    return True
+
+
 def _write_defaults(section: ml_collections.ConfigDict, cls: type) -> None:
     for field in dataclasses.fields(cls):
-        if field.name in section or field.name in _SECTIONS:
+        if cls is ExperimentConfig and field.name in _SECTIONS:
             continue
-        if field.default is not dataclasses.MISSING:
-            section[field.name] = field.default
+        if field.name in section:
+            value = section[field.name]
+        elif field.default is not dataclasses.MISSING:
+            value = field.default
         elif field.default_factory is not dataclasses.MISSING:
-            section[field.name] = field.default_factory()
+            value = field.default_factory()
+        else:
+            continue
+        number = _optional_number(cls, field.name)
+        if number is not None and (value is None or isinstance(value, int | float)):
+            # A plain None has no type, and a flag could not override it.
+            value = config_dict.FieldReference(
+                None if value is None else number(value), field_type=number
+            )
+            if field.name in section:
+                del section[field.name]
+        if field.name not in section:
+            section[field.name] = value
+
+
+def _optional_number(cls: type, name: str) -> type | None:
+    """Returns int or float if the field of a dataclass is that or None."""
+    hints = typing.get_type_hints(cls)
+    types = typing.get_args(hints[name]) if name in hints else ()
+    numbers = [one for one in types if one in (int, float)]
+    return numbers[0] if type(None) in types and numbers else None

@@ -1,7 +1,7 @@
 """Frozen encoders, trained here and cached, random, or pretrained; and the tokens they give.
 
-A token column (``config.data.columns["teacher/patches"]``) is computed once for every image and kept
-in the cache, so that a train step never runs the teacher.
+A token column (``config.data.columns["teacher/patches"]``) is computed once for every image and
+kept in the cache, so that a train step never runs the teacher.
 """
 
 import fcntl
@@ -47,7 +47,8 @@ def trained_encoder(config: str, cache: pathlib.Path) -> Encoder:
         cache: a directory.
     """
     experiment = assemble(configs.load_config(config))
-    name = f"{config.replace(':', '-')}-{configs.digest(experiment.raw)[:12]}"
+    name = pathlib.PurePath(config).name.replace(":", "-")
+    name = f"{name}-{configs.digest(experiment.raw)[:12]}"
     directory = cache / "encoders" / name
     directory.mkdir(parents=True, exist_ok=True)
     source = experiment.source(cache)
@@ -106,7 +107,8 @@ def tokens(
     Args:
         source: the data; its ``image`` column is encoded.
         cache: keeps the encoder and the tokens.
-        encoder: ``trained`` or ``random`` (of the experiment ``config``), or ``efficientnet_lite0``.
+        encoder: ``trained`` or ``random`` (of the experiment ``config``), or
+            ``efficientnet_lite0``.
         config: the experiment whose model is the encoder.
         tap: which of the encoder's maps.
         control: ``shuffled`` gives each image the tokens of another one (a fixed derangement),
@@ -135,7 +137,8 @@ def standardized(tokens: np.ndarray) -> np.ndarray:
     axes = tuple(range(tokens.ndim - 1))
     mean = tokens.mean(axis=axes, dtype=np.float64)
     deviation = tokens.std(axis=axes, dtype=np.float64)
-    scale = np.where(deviation > 1e-6 * (np.abs(mean) + 1e-12), 1.0 / np.maximum(deviation, 1e-30), 0)
+    varies = deviation > 1e-6 * (np.abs(mean) + 1e-12)
+    scale = np.where(varies, 1.0 / np.maximum(deviation, 1e-30), 0.0)
     return ((tokens - mean) * scale).astype(np.float32)
 
 

@@ -70,7 +70,8 @@ def generation(
         network: the experiment whose encoder gives the feature space; no arm may train on it.
         samples: number of images drawn; the reference gives as many.
         steps: Euler steps.
-        shown: images returned in ``samples`` [shown, height, width, channels], uint8, ordered by class.
+        shown: images returned in ``samples`` [shown, height, width, channels], uint8, ordered by
+            class.
         batch: images drawn at once.
     """
     model = context.experiment.model
@@ -95,14 +96,12 @@ def generation(
         params = evaluation_params(state)
         drawn = np.concatenate(
             [
-                np.asarray(draw(params, labels[start : start + batch], jax.random.fold_in(key, start)))
+                draw(params, labels[start : start + batch], jax.random.fold_in(key, start))
                 for start in range(0, len(labels), batch)
             ]
         )
         embedding = embed(drawn)
-        distance = frechet.frechet_distance(
-            frechet.gaussian_statistics(embedding), real_statistics
-        )
+        distance = frechet.frechet_distance(frechet.gaussian_statistics(embedding), real_statistics)
         precision, recall = frechet.precision_recall(
             jnp.asarray(real_embedding), jnp.asarray(embedding), k=5
         )
@@ -130,8 +129,8 @@ def hidden_representation(
 ) -> Evaluator:
     """What a hidden block of a flow model knows: a linear probe and CKNNA against frozen encoders.
 
-    The block sees images noised at ``time`` under the null label; its tokens are averaged. The probe
-    is trained on training images and tested on reference images, the alignment is measured on
+    The block sees images noised at ``time`` under the null label; its tokens are averaged. The
+    probe is trained on training images and tested on reference images, the alignment is measured on
     reference images.
 
     Args:
@@ -220,4 +219,3 @@ def encoder_probe(
         return EvaluationResult(metrics, {})
 
     return evaluate
-

@@ -1,13 +1,14 @@
-"""An experiment ready to run: its config checked and its parts built, nothing compiled or read yet."""
+"""An experiment ready to run: config checked, parts built, nothing compiled or read yet."""
 
 import dataclasses
 import pathlib
 from typing import Any
 
+import jax
 import ml_collections
 import optax
 
-from repalign.registry import build, check_arguments, resolve
+from repalign.registry import UserError, build, check_section
 from repalign.train import config as configs
 from repalign.train import terms
 from repalign.train.objective import Objective
@@ -44,8 +45,31 @@ class Experiment:
             average_decay=self.config.optimizer.average_decay,
         )
 
+    def example_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shape and dtype of one example by column, as ``data.spec`` declares them.
+
+        Raises:
+            UserError: the config declares none, or no array can have the declared ones.
+        """
+        if self.config.data.spec is None:
+            raise UserError(
+                "config.data.spec is missing: give the shape and dtype of every column, such as "
+                '{"image": ((256, 256, 3), "uint8")}.'
+            )
+        spec = {}
+        for name, entry in self.config.data.spec.items():
+            try:
+                shape, dtype = entry
+                spec[name] = jax.ShapeDtypeStruct(tuple(shape), dtype)
+            except (TypeError, ValueError) as error:
+                raise UserError(
+                    f"config.data.spec.{name} must be a shape and a dtype, such as "
+                    f'((256, 256, 3), "uint8"), not {entry!r}.'
+                ) from error
+        return spec
+
     def source(self, cache: pathlib.Path) -> Any:
-        """Returns the data with its further columns; those are computed now, or read from the cache."""
+        """Returns the data with its further columns, computed now or read from the cache."""
         source = build(self.config.data.source, place="config.data.source")
         columns = {
             name: build(section, source, cache, place=f"config.data.columns.{name}")
@@ -71,6 +95,5 @@ def assemble(raw: ml_collections.ConfigDict) -> Experiment:
         for name, section in getattr(config.evaluation, kind).items():
             sections[f"config.evaluation.{kind}.{name}"] = (section, 1)
     for place, (section, given) in sections.items():
-        arguments = {key: value for key, value in section.items() if key != "name"}
-        check_arguments(resolve(section["name"]), arguments, place=place, given=given)
+        check_section(section, place=place, given=given)
     return Experiment(raw, config, model, forward, objective)

@@ -18,7 +18,7 @@ from repalign.registry import UserError
 from repalign.train import config as configs
 from repalign.train.checkpoint import Checkpoints
 from repalign.train.experiment import Experiment
-from repalign.train.state import TrainState, init_state, parameter_count
+from repalign.train.state import Forward, TrainState, init_state, parameter_count
 from repalign.train.writer import MetricsWriter, ProgressReport
 from repalign.typing import PyTree
 
@@ -96,6 +96,7 @@ def train(
     replicated = config.replicas > 1
     mesh = make_mesh(config.mesh)
     check_batch(config.data.batch_size, mesh)
+    frozen = load_frozen(experiment.forward, mesh)
     batches = pipeline.TrainingBatches(
         source,
         config.data.batch_size,
@@ -126,8 +127,12 @@ def train(
             )
             state, position = checkpoints.restore(targets)
             loader.set_state(position)
+        state = dataclasses.replace(state, frozen=frozen)
         step = experiment.step(total_steps)
-        step = jax.jit(jax.vmap(step) if replicated else step, donate_argnums=0)
+        if replicated:
+            axes = jax.tree.map(lambda leaf: 0, abstract)  # ``frozen``, absent there, has none.
+            step = jax.vmap(step, in_axes=(axes, 0), out_axes=(axes, 0))
+        step = jax.jit(step, donate_argnums=0)
         compiled = step.lower(state, as_specs(spec, sharding)).compile()
         loop = _Loop(
             config=config,
@@ -169,14 +174,29 @@ def initializer(experiment: Experiment, total_steps: int) -> Callable[[Any, Any]
     return jax.vmap(init) if experiment.config.replicas > 1 else init
 
 
+def abstract_state(experiment: Experiment, total_steps: int, spec: PyTree) -> TrainState:
+    """Returns the shapes of a run's whole state, frozen parameters included; reads no file."""
+    keys = run_keys(experiment.config.seeds)
+    state = jax.eval_shape(initializer(experiment, total_steps), keys, spec)
+    frozen = experiment.forward.frozen
+    return state if frozen is None else dataclasses.replace(state, frozen=frozen.shapes())
+
+
+def load_frozen(forward: Forward, mesh: jax.sharding.Mesh) -> PyTree:
+    """Returns the frozen parameters of a forward pass on the mesh, one copy for all replicas."""
+    if forward.frozen is None:
+        return None
+    return jax.device_put(
+        forward.frozen.load(), state_shardings(forward.frozen.shapes(), mesh, replicas=False)
+    )
+
+
 def batch_spec(experiment: Experiment, columns: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the shapes of a global batch, given the shape and dtype of one example by column."""
     config = experiment.config
     leading = (config.replicas,) if config.replicas > 1 else ()
     return {
-        name: jax.ShapeDtypeStruct(
-            (*leading, config.data.batch_size, *column.shape), column.dtype
-        )
+        name: jax.ShapeDtypeStruct((*leading, config.data.batch_size, *column.shape), column.dtype)
         for name, column in columns.items()
     }
 
@@ -208,9 +228,13 @@ def params_sha256(params: PyTree) -> str:
     return digest.hexdigest()
 
 
-def select_replica(tree: PyTree, replica: int, *, replicated: bool) -> PyTree:
-    """Returns one replica of a tree whose leaves have a leading axis of replicas."""
-    return jax.tree.map(lambda leaf: leaf[replica], tree) if replicated else tree
+def select_replica(state: TrainState, replica: int, *, replicated: bool) -> TrainState:
+    """Returns the state of one replica; frozen parameters are the same for all."""
+    if not replicated:
+        return state
+    own = dataclasses.replace(state, frozen=None)
+    own = jax.tree.map(lambda leaf: leaf[replica], own)
+    return dataclasses.replace(own, frozen=state.frozen)
 
 
 @dataclasses.dataclass
@@ -326,12 +350,16 @@ def _due(step: int, every: int) -> bool:
 
 
 def claim_directory(workdir: pathlib.Path, experiment: Experiment) -> None:
-    """Writes the config to a new directory; refuses one that holds a run of another config."""
+    """Writes the config to a new directory; refuses one that holds a run of another config.
+
+    A run that ended before it wrote a number (missing data, a batch that does not fit) leaves its
+    directory free: the mistake can be put right in place.
+    """
     text = configs.as_json(experiment.raw)
-    path = workdir / "config.json"
+    path, numbers = workdir / "config.json", workdir / "metrics.jsonl"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not path.exists() or not numbers.exists() or not numbers.stat().st_size:
             path.write_text(text + "\n")
             return
         written = path.read_text()

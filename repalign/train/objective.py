@@ -57,7 +57,8 @@ class Term:
     Attributes:
         name: the name under which the term's parameters, state and metrics appear.
         apply: ``(params, state, features, key) -> TermOutput``.
-        init: ``(key, features) -> (params, state)``; it may look at the shapes of the features only.
+        init: ``(key, features) -> (params, state)``; it may look at the shapes of the features
+            only.
         weight: a number, or a schedule of the step (an alignment that stops, a warm-up).
     """
 
@@ -113,7 +114,7 @@ class Objective:
     def apply(
         self, params: PyTree, state: PyTree, features: Features, key: Key[Array, ""], *, step: Any
     ) -> tuple[Scalar, ObjectiveOutput]:
-        """Returns ``sum_i weight_i(step) * mean(loss_i)`` in float32, and the output of the terms."""
+        """Returns ``sum_i weight_i(step) mean(loss_i)`` in float32, and the output of the terms."""
         total = jnp.zeros((), jnp.float32)
         new_state, metrics = {}, {}
         for index, term in enumerate(self.terms):

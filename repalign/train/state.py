@@ -9,9 +9,21 @@ import jax.numpy as jnp
 import optax
 
 from repalign.train.objective import Objective
-from repalign.typing import Array, Features, Int, Key, PyTree
+from repalign.typing import Array, Features, Key, PyTree
 
 Batch = dict[str, Any]
+
+
+class FrozenParams(NamedTuple):
+    """Parameters that no step changes, those of a teacher for instance.
+
+    Attributes:
+        shapes: returns their shapes and dtypes without reading anything.
+        load: returns their values.
+    """
+
+    shapes: Callable[[], PyTree]
+    load: Callable[[], PyTree]
 
 
 class Forward(NamedTuple):
@@ -19,13 +31,15 @@ class Forward(NamedTuple):
 
     Attributes:
         init: ``(key, batch) -> params``.
-        apply: ``(params, batch, key, *, average, frozen) -> features``; ``average`` holds the moving
-            average of the parameters (a teacher, if the method has one; None if there is none) and
-            ``frozen`` parameters that never change.
+        apply: ``(params, batch, key, *, average, frozen) -> features``; ``average`` holds the
+            moving average of the parameters (a teacher, if the method has one; None if there is
+            none) and ``frozen`` parameters that never change.
+        frozen: where those come from; None if ``apply`` needs none.
     """
 
     init: Callable[[Key, Batch], PyTree]
     apply: Callable[..., Features]
+    frozen: FrozenParams | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +48,7 @@ class TrainState:
     """Everything that a step reads and writes.
 
     Attributes:
-        step: number of steps taken.
+        step: number of steps taken, int32.
         key: the run's key; a step uses ``fold_in(key, step)``, so a resumed run repeats exactly.
         params: ``{"model": ..., "objective": ...}``, what the optimizer changes.
         objective: the state of the terms.
@@ -43,8 +57,8 @@ class TrainState:
         frozen: parameters that no step changes and no checkpoint holds, or None.
     """
 
-    step: Int[Array, "*replicas"]
-    key: Key[Array, "*replicas"]
+    step: PyTree
+    key: PyTree
     params: PyTree
     objective: PyTree
     optimizer: PyTree
@@ -62,17 +76,23 @@ def init_state(
     with_average: bool,
     frozen: PyTree = None,
 ) -> TrainState:
-    """Returns the state before the first step; under `jax.eval_shape` its shapes only."""
+    """Returns the state before the first step; under `jax.eval_shape` its shapes only.
+
+    Without ``frozen`` the forward pass's own shapes do: a jitted init need not carry values that
+    are loaded and not computed, and the caller puts them into the state afterwards.
+    """
     model_key, objective_key, forward_key, run_key = jax.random.split(key, 4)
     model = forward.init(model_key, batch)
     average = jax.tree.map(jnp.copy, model) if with_average else None
+    own_shapes = None if forward.frozen is None else forward.frozen.shapes()
     features = jax.eval_shape(
-        lambda params, batch, key: forward.apply(
+        lambda params, batch, key, frozen: forward.apply(
             params, batch, key, average=average, frozen=frozen
         ),
         model,
         batch,
         forward_key,
+        own_shapes if frozen is None else frozen,
     )
     # A term's init sees zeros in the features' shapes: it may depend on nothing else.
     zeros = jax.tree.map(lambda feature: jnp.zeros(feature.shape, feature.dtype), dict(features))

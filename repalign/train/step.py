@@ -72,5 +72,5 @@ def make_train_step(
 
 
 def evaluation_params(state: TrainState) -> PyTree:
-    """Returns the model's averaged parameters if the run keeps an average, else the current ones."""
+    """Returns the model's averaged parameters, or the current ones if no average is kept."""
     return state.params["model"] if state.average is None else state.average

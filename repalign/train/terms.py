@@ -20,14 +20,19 @@ from repalign.typing import Array, Features, PyTree
 Names = str | Sequence[str]
 
 
-def loss(function: str | Callable[..., Array], /, *, name: str | None = None, **arguments: Any) -> Term:
+def loss(
+    function: str | Callable[..., Array], /, *, name: str | None = None, **arguments: Any
+) -> Term:
     """Makes a term of a pure loss function without state.
 
     The function's positional parameters are arrays: each gets the name of a feature, or a list of
     names. Its keyword-only parameters are hyper-parameters: each gets its value. Parameters that
     have a default may be left out::
 
-        loss("losses.contrastive.nt_xent", a="view_0/embedding", b="view_1/embedding", temperature=0.5)
+        loss(
+            "losses.contrastive.nt_xent", a="view_0/embedding", b="view_1/embedding",
+            temperature=0.5
+        )
 
     Args:
         function: a loss, or its path below the package.
@@ -44,7 +49,9 @@ def loss(function: str | Callable[..., Array], /, *, name: str | None = None, **
     arrays = [p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY]
     for argument in arguments:
         if argument not in parameters:
-            raise UserError(f"objective.{name}.{argument}: no such key. {nearest(argument, parameters)}")
+            raise UserError(
+                f"objective.{name}.{argument}: no such key. {nearest(argument, parameters)}"
+            )
     missing = [
         p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments
     ]
@@ -93,9 +100,7 @@ def flow_matching(
     return Term(name, apply)
 
 
-def repa(
-    *, student: str, teacher: Names, projector_width: int = 2048, name: str = "repa"
-) -> Term:
+def repa(*, student: str, teacher: Names, projector_width: int = 2048, name: str = "repa") -> Term:
     """Representation alignment (REPA): projected student tokens follow a frozen teacher's tokens.
 
     Each teacher has a projector of its own (three linear layers with SiLU between); see
@@ -108,7 +113,7 @@ def repa(
         projector_width: hidden width of the projectors; 2048 in the paper.
         name: the name of the term.
 
-    Source: Yu et al. 2024 (arXiv:2410.06940), equation 8; sihyun-yu/REPA@67f7145:models/sit.py:16-24.
+    Source: Yu et al. 2024 (arXiv:2410.06940); sihyun-yu/REPA@67f7145:models/sit.py:16-24.
     """
     teachers = (teacher,) if isinstance(teacher, str) else tuple(teacher)
 

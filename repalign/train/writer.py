@@ -1,4 +1,4 @@
-"""Where the numbers of a run go while it runs: JSON lines, TensorBoard if installed, the terminal."""
+"""Where the numbers of a run go: JSON lines, TensorBoard if installed, the terminal."""
 
 import importlib.util
 import json
@@ -48,7 +48,9 @@ class MetricsWriter:
 class ProgressReport:
     """Tells a person how far a run is: a bar on a terminal, a plain line now and then elsewhere."""
 
-    def __init__(self, title: str, total: int, *, start: int = 0, seconds_between_lines: float = 20):
+    def __init__(
+        self, title: str, total: int, *, start: int = 0, seconds_between_lines: float = 20
+    ):
         self._title, self._total, self._start = title, total, start
         self._between, self._begun, self._printed = seconds_between_lines, time.monotonic(), 0.0
         console = Console(stderr=True)

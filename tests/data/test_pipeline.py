@@ -52,9 +52,9 @@ def test_resume_is_exact_at_any_step(step):
 def test_resume_in_another_order_is_refused():
     with Loader(TrainingBatches(SOURCE, batch_size=5, seed=3)) as first:
         state = first.get_state()
-    with Loader(TrainingBatches(SOURCE, batch_size=4, seed=3)) as second:
-        with pytest.raises(UserError, match="same seed, batch size and data"):
-            second.set_state(state)
+    refused = pytest.raises(UserError, match="same seed, batch size and data")
+    with Loader(TrainingBatches(SOURCE, batch_size=4, seed=3)) as second, refused:
+        second.set_state(state)
 
 
 def test_shards_are_slices_of_the_same_global_batch():

@@ -35,7 +35,9 @@ def test_r1_is_half_gamma_times_the_squared_input_gradient():
     weights = RNG.normal(size=(2, 2)).astype(np.float32)
 
     def penalty(weights):
-        critic = lambda x: jnp.sum(weights * jnp.square(x), axis=(1, 2))
+        def critic(x):
+            return jnp.sum(weights * jnp.square(x), axis=(1, 2))
+
         return adversarial.r1(critic, jnp.asarray(reals), gamma=3.0)
 
     expected = 1.5 * np.sum((2 * weights * reals) ** 2, axis=(1, 2))

@@ -147,7 +147,10 @@ def test_attention_alignment_is_the_cross_entropy_of_attention_maps():
 
 def test_self_similarity_compares_gram_matrices_of_different_widths():
     teacher = RNG.normal(size=(3, 4, 9)).astype(np.float32)
-    gram = lambda x: np.einsum("btd,bsd->bts", unit(x), unit(x))
+
+    def gram(x):
+        return np.einsum("btd,bsd->bts", unit(x), unit(x))
+
     squared = (gram(STUDENT) - gram(teacher)) ** 2
     result = run(alignment.self_similarity_alignment, jnp.asarray(STUDENT), jnp.asarray(teacher))
     np.testing.assert_allclose(result, squared.mean((1, 2)), rtol=2e-5)
@@ -167,7 +170,9 @@ def test_self_similarity_compares_gram_matrices_of_different_widths():
 
 
 def test_foundation_model_alignment_leaves_room_inside_the_margins():
-    gram = lambda x: np.einsum("btd,bsd->bts", unit(x), unit(x))
+    def gram(x):
+        return np.einsum("btd,bsd->bts", unit(x), unit(x))
+
     cosine = np.maximum(0.9 - (unit(STUDENT) * unit(TEACHER)).sum(-1), 0).mean(1)
     distance = np.maximum(np.abs(gram(STUDENT) - gram(TEACHER)) - 0.2, 0).mean((1, 2))
     result = run(
@@ -196,7 +201,10 @@ def test_modality_gap_is_the_distance_of_the_centroids():
 
 def test_matryoshka_sums_the_loss_of_nested_prefixes():
     a, b = STUDENT[:, 0], TEACHER[:, 0]
-    squared = lambda x, y: jnp.sum((x - y) ** 2, axis=1)
+
+    def squared(x, y):
+        return jnp.sum((x - y) ** 2, axis=1)
+
     result = alignment.matryoshka(
         squared, jnp.asarray(a), jnp.asarray(b), prefixes=(2, 5), relative_importance=(1.0, 0.25)
     )

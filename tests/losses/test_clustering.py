@@ -195,7 +195,10 @@ def test_ibot_counts_masked_patches_only():
 def test_msn_by_hand():
     anchors = RNG.normal(size=(2, 4, 3)).astype(np.float32)
     targets, prototypes = RNG.normal(size=(4, 3)), RNG.normal(size=(6, 3))
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
     p = softmax(unit(anchors) @ unit(prototypes).T / 0.2)
     q = softmax(unit(targets) @ unit(prototypes).T / 0.2) ** 4
     q /= q.sum(-1, keepdims=True)

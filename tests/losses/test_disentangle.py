@@ -47,7 +47,10 @@ def test_decompose_kl_by_hand(sampling):
 
 def test_decompose_kl_holds_no_array_over_pairs_and_dimensions():
     shape = jax.ShapeDtypeStruct((64, 256), jnp.float32)
-    total = lambda *x: jnp.sum(disentangle.decompose_kl(*x, dataset_size=1000)[1])
+
+    def total(*x):
+        return jnp.sum(disentangle.decompose_kl(*x, dataset_size=1000)[1])
+
     memory = jax.jit(jax.grad(total)).lower(shape, shape, shape).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * 64 * 64 * 256 / 2 + 4 * 64 * 256 * 20
 
@@ -89,7 +92,10 @@ def test_permuting_dimensions_keeps_each_marginal_and_breaks_the_pairs():
 
 def test_factor_losses_by_hand():
     logits, permuted = RNG.normal(size=(2, 5, 2)).astype(np.float32)
-    log_softmax = lambda x: x - special.logsumexp(x, axis=1, keepdims=True)
+
+    def log_softmax(x):
+        return x - special.logsumexp(x, axis=1, keepdims=True)
+
     np.testing.assert_allclose(
         disentangle.factor_total_correlation(jnp.asarray(logits)), logits[:, 0] - logits[:, 1]
     )

@@ -125,13 +125,18 @@ def test_relational_angle_by_hand_across_widths():
 
 
 def test_attention_transfer_and_gram_style_by_hand():
-    maps = lambda x: unit((x**2).mean(-1))
+    def maps(x):
+        return unit((x**2).mean(-1))
+
     expected = ((maps(STUDENT) - maps(TEACHER)) ** 2).mean(-1)
     arguments = jnp.asarray(STUDENT), jnp.asarray(TEACHER)
     np.testing.assert_allclose(
         run(distillation.attention_transfer, *arguments), expected, rtol=2e-5
     )
-    gram = lambda x: np.einsum("btd,bte->bde", x, x) / 20
+
+    def gram(x):
+        return np.einsum("btd,bte->bde", x, x) / 20
+
     expected = ((gram(STUDENT) - gram(TEACHER)) ** 2).sum((1, 2))
     np.testing.assert_allclose(run(distillation.gram_style, *arguments), expected, rtol=2e-5)
 
@@ -139,7 +144,10 @@ def test_attention_transfer_and_gram_style_by_hand():
 def test_token_relations_by_hand():
     s_q, s_k = RNG.normal(size=(2, 2, 3, 4, 5)).astype(np.float32)
     t_q, t_k = RNG.normal(size=(2, 2, 3, 4, 6)).astype(np.float32)
-    relations = lambda q, k: softmax(np.einsum("bhtd,bhsd->bhts", q, k) / np.sqrt(q.shape[-1]))
+
+    def relations(q, k):
+        return softmax(np.einsum("bhtd,bhsd->bhts", q, k) / np.sqrt(q.shape[-1]))
+
     p, q = relations(t_q, t_k), relations(s_q, s_k)
     expected = (p * np.log(p / q)).sum(-1).mean((1, 2))
     result = run(distillation.token_relation_distillation, *map(jnp.asarray, (s_q, s_k, t_q, t_k)))

@@ -71,7 +71,9 @@ def test_masked_examples_do_not_count(name):
 
 
 def test_barlow_twins_by_hand():
-    standard = lambda x: (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+    def standard(x):
+        return (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+
     correlation = standard(A).T @ standard(B) / len(A)
     off = correlation - np.diag(np.diag(correlation))
     expected = np.sum((np.diag(correlation) - 1) ** 2) + 0.1 * np.sum(off**2)
@@ -129,7 +131,10 @@ def test_tico_carries_its_covariance_and_names_what_is_detached():
 
 def test_byol_and_simsiam_by_hand_without_gradient_to_the_targets():
     p_a, p_b, z_a, z_b = (RNG.normal(size=(3, 4)).astype(np.float32) for _ in range(4))
-    cosine = lambda x, y: np.sum(unit(x) * unit(y), 1)
+
+    def cosine(x, y):
+        return np.sum(unit(x) * unit(y), 1)
+
     arrays = [jnp.asarray(x) for x in (p_a, p_b, z_a, z_b)]
     np.testing.assert_allclose(
         run(joint_embedding.byol, *arrays),
@@ -140,7 +145,10 @@ def test_byol_and_simsiam_by_hand_without_gradient_to_the_targets():
         run(joint_embedding.simsiam, *arrays), -(cosine(p_a, z_b) + cosine(p_b, z_a)) / 2, rtol=2e-5
     )
     for loss in (joint_embedding.byol, joint_embedding.simsiam):
-        summed = lambda *x, loss=loss: jnp.sum(loss(*x))
+
+        def summed(*x, loss=loss):
+            return jnp.sum(loss(*x))
+
         gradients = jax.jit(jax.grad(summed, argnums=(0, 1, 2, 3)))(*arrays)
         assert np.any(gradients[0]) and np.any(gradients[1])
         assert not np.any(gradients[2]) and not np.any(gradients[3])
@@ -150,7 +158,10 @@ def test_mmcr_is_a_difference_of_nuclear_norms():
     online = RNG.normal(size=(3, 2, 5)).astype(np.float32)
     momentum = RNG.normal(size=(3, 2, 5)).astype(np.float32)
     views = np.concatenate([online, momentum], 1)
-    nuclear = lambda x: np.linalg.svd(x, compute_uv=False).sum()
+
+    def nuclear(x):
+        return np.linalg.svd(x, compute_uv=False).sum()
+
     expected = 0.3 * np.mean([nuclear(x) for x in views]) - nuclear(views.mean(1))
     result = run(joint_embedding.mmcr, jnp.asarray(online), jnp.asarray(momentum), lmda=0.3)
     np.testing.assert_allclose(result, expected, rtol=2e-5)

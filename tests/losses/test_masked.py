@@ -78,7 +78,10 @@ def test_patch_discrimination_by_hand(standardize):
     z = PREDICTIONS
     if standardize:
         z = (z - z.mean(1, keepdims=True)) / (z.std(1, ddof=1, keepdims=True) + 1e-4)
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
     scores = np.einsum("bpd,bqd->bpq", unit(z), unit(PATCHES)) / 0.3
     each = np.log(np.exp(scores).sum(-1)) - np.einsum("bpp->bp", scores)
     result = run(

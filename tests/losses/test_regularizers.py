@@ -120,7 +120,10 @@ def test_sigreg_integrates_the_distance_of_characteristic_functions():
 
 def test_sigreg_prefers_an_isotropic_gaussian():
     gaussian = RNG.normal(size=(256, 4)).astype(np.float32)
-    score = lambda x: run(regularizers.sigreg, jnp.asarray(x), jax.random.key(2), num_slices=32)
+
+    def score(x):
+        return run(regularizers.sigreg, jnp.asarray(x), jax.random.key(2), num_slices=32)
+
     assert score(gaussian) < 0.2 * score(3 * gaussian)
     assert score(gaussian) < 0.2 * score(gaussian * np.float32([1, 1, 1, 0]))
     assert score(gaussian) < 0.2 * score(gaussian + 1)

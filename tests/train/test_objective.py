@@ -32,7 +32,8 @@ def value(objective, step=0):
 
 def test_a_sum_of_weighted_terms_is_the_sum_of_their_weighted_means():
     a, b = reading("a"), reading("b")
-    for objective in (a + 0.5 * b, a + b * 0.5, Objective((a,)) + 0.5 * b, a + 0.5 * Objective((b,))):
+    alone = Objective((b,))
+    for objective in (a + 0.5 * b, a + b * 0.5, Objective((a,)) + 0.5 * b, a + 0.5 * alone):
         total, output = value(objective)
         assert total == 3.0
         assert {name: float(x) for name, x in output.metrics.items()} == {
@@ -55,12 +56,9 @@ def test_a_schedule_is_a_weight_and_multiplies_with_numbers_and_schedules():
     stops = optax.piecewise_constant_schedule(1.0, {7: 0.0})
     objective = 3.0 * (warm_up * a) * stops + reading("b")
     assert [value(objective, step)[0] for step in (0, 2, 4, 8)] == [2.0, 5.0, 8.0, 2.0]
-    assert float(jax.jit(lambda step: objective.apply(*_variables(objective), step=step)[0])(2)) == 5.0
-
-
-def _variables(objective):
-    params, state = objective.init(KEY, FEATURES)
-    return params, state, FEATURES, KEY
+    variables = objective.init(KEY, FEATURES)
+    compiled = jax.jit(lambda step: objective.apply(*variables, FEATURES, KEY, step=step)[0])
+    assert float(compiled(2)) == 5.0
 
 
 def test_two_terms_of_one_name_and_no_terms_are_errors():
@@ -75,7 +73,8 @@ def test_a_missing_feature_is_an_error_that_names_term_and_nearest_feature():
     features = {"sit/block_8": FEATURES["a"], "teacher/patches": FEATURES["b"]}
     term = reading("sit/block_9", "repa")
     objective = Objective((term,))
-    with pytest.raises(UserError, match=r"objective\.repa: .*'sit/block_9'.*Did you mean 'sit/block_8'"):
+    message = r"objective\.repa: .*'sit/block_9'.*Did you mean 'sit/block_8'"
+    with pytest.raises(UserError, match=message):
         objective.apply({"repa": {}}, {"repa": {}}, features, KEY, step=0)
 
 

@@ -18,7 +18,10 @@ KEY = jax.random.key(0)
 @pytest.fixture(scope="module")
 def features():
     keys = iter(jax.random.split(KEY, 8))
-    draw = lambda *shape: jax.random.normal(next(keys), shape)
+
+    def draw(*shape):
+        return jax.random.normal(next(keys), shape)
+
     return {
         "view_0/embedding": draw(4, 3),
         "view_1/embedding": draw(4, 3),
@@ -86,9 +89,8 @@ def test_the_flow_matching_term_is_the_loss_of_the_recorded_arrays(features):
 
 
 def test_repa_projects_the_student_and_compares_it_with_each_teacher(features):
-    objective = Objective(
-        (repa(student="sit/block_8", teacher=["teacher/patches", "teacher/other"], projector_width=8),)
-    )
+    both = ["teacher/patches", "teacher/other"]
+    objective = Objective((repa(student="sit/block_8", teacher=both, projector_width=8),))
     params, state = objective.init(KEY, features)
     shapes = jax.tree.map(jnp.shape, params["repa"])
     widths = [
@@ -115,7 +117,8 @@ def test_repa_projects_the_student_and_compares_it_with_each_teacher(features):
 
 
 def test_the_gradient_of_repa_agrees_with_a_finite_difference(features):
-    objective = Objective((repa(student="sit/block_8", teacher="teacher/patches", projector_width=8),))
+    align = repa(student="sit/block_8", teacher="teacher/patches", projector_width=8)
+    objective = Objective((align,))
     params, state = objective.init(KEY, features)
 
     def term(student):
@@ -144,8 +147,9 @@ def test_the_sample_objective_of_the_module_runs(features):
 
 
 def test_a_config_section_gives_the_terms_with_their_weights(features):
+    contrast = {"term": "losses.contrastive.nt_xent", **VIEWS, "temperature": 0.5}
     section = {
-        "contrast": {"term": "losses.contrastive.nt_xent", **VIEWS, "temperature": 0.5, "weight": 2.0},
+        "contrast": {**contrast, "weight": 2.0},
         "align": {
             "term": "train.terms.repa",
             "student": "sit/block_8",
@@ -156,7 +160,8 @@ def test_a_config_section_gives_the_terms_with_their_weights(features):
     terms = from_config(section)
     assert [(term.name, term.weight) for term in terms] == [("contrast", 2.0), ("align", 1.0)]
     plain = loss("losses.contrastive.nt_xent", **VIEWS, temperature=0.5)
-    np.testing.assert_allclose(value(terms[:1], features), 2.0 * value([plain], features), rtol=1e-6)
+    expected = 2.0 * value([plain], features)
+    np.testing.assert_allclose(value(terms[:1], features), expected, rtol=1e-6)
     assert section["contrast"]["weight"] == 2.0  # the section itself is left as it was
 
 
