@@ -88,7 +88,7 @@ def reproduce(arguments: Sequence[str]) -> int:
     """
     own, overrides = _split_overrides(arguments)
     flag_values = _parse(
-        own, reproduce, positional=1, seeds=0, jobs=1, rows=None, workdir=None, format="text"
+        own, reproduce, positional=1, seeds=int, jobs=1, rows=None, workdir=None, format="text"
     )
     _use_compilation_cache()
     from repalign.tables import render
@@ -102,7 +102,7 @@ def reproduce(arguments: Sequence[str]) -> int:
         evaluation = run_table(
             key,
             workdir,
-            seeds=flag_values.seeds or None,
+            seeds=flag_values.seeds,
             rows=rows,
             overrides=overrides,
             jobs=flag_values.jobs,
@@ -123,13 +123,13 @@ def papers(arguments: Sequence[str]) -> int:
 
     Lists the 534 papers of the catalogue and which of them an experiment reproduces.
     """
-    flag_values = _parse(arguments, papers, family=None, priority=0, status=None, format="text")
+    flag_values = _parse(arguments, papers, family=None, priority=int, status=None, format="text")
     import dataclasses
 
     from repalign.tables.papers import papers as select
 
     records = select(
-        family=flag_values.family, priority=flag_values.priority or None, status=flag_values.status
+        family=flag_values.family, priority=flag_values.priority, status=flag_values.status
     )
     if flag_values.format == "json":
         rows = [{**dataclasses.asdict(one.paper), "status": one.status} for one in records]
@@ -221,7 +221,10 @@ def _usage() -> str:
 def _parse(
     arguments: Sequence[str], command: Callable[..., int], *, positional: int = 0, **defaults: Any
 ) -> flags.FlagValues:
-    """Parses a command's flags; ``positional`` arguments end up in ``.positional``."""
+    """Parses a command's flags; ``positional`` arguments end up in ``.positional``.
+
+    A default of ``int`` stands for an integer flag that may be left out.
+    """
     usage = (command.__doc__ or "").partition("\n\n")[0].strip()
     if any(argument in ("--help", "-h") for argument in arguments):
         raise SystemExit(print(f"repalign {command.__doc__}") or 0)
@@ -229,8 +232,9 @@ def _parse(
     for name, default in defaults.items():
         if name == "format":
             flags.DEFINE_enum(name, default, FORMATS, "output", flag_values=flag_values)
-        elif isinstance(default, int):
-            flags.DEFINE_integer(name, default, name, flag_values=flag_values, lower_bound=0)
+        elif default is int or isinstance(default, int):
+            number = None if default is int else default
+            flags.DEFINE_integer(name, number, name, flag_values=flag_values, lower_bound=1)
         else:
             flags.DEFINE_string(name, default, name, flag_values=flag_values)
     try:

@@ -160,6 +160,7 @@ def imagenet256(size: str, *, depth: int, remat: str) -> ConfigDict:
                     "student": f"sit/block_{depth}",
                     "teacher": "teacher/patches",
                     "projector_width": 2048,
+                    "dtype": "bfloat16",
                     "weight": 0.5,
                 },
             },

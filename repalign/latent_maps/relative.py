@@ -3,9 +3,25 @@
 import jax.numpy as jnp
 
 from repalign import numerics
+from repalign.registry import lookup
 from repalign.typing import Array, Float, Num
 
-PROJECTIONS = ("cosine", "euclidean", "inner_product")
+
+def _cosines(x: Array, anchors: Array) -> Array:
+    return numerics.inner_products(numerics.l2_normalize(x), numerics.l2_normalize(anchors))
+
+
+def _distances(x: Array, anchors: Array) -> Array:
+    squared = numerics.squared_distances(x, anchors)
+    apart = squared > 0  # the inner where keeps the gradient at distance 0 finite
+    return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
+
+
+PROJECTIONS = {
+    "cosine": _cosines,
+    "euclidean": _distances,
+    "inner_product": numerics.inner_products,
+}
 
 
 def relative_representation(
@@ -25,14 +41,6 @@ def relative_representation(
     Eq. 2; the other projections are those of Cannistraci et al. 2024 (From Bricks to Bridges).
 
     Raises:
-        ValueError: an unknown projection.
+        UserError: an unknown projection.
     """
-    if projection == "cosine":
-        return numerics.inner_products(numerics.l2_normalize(x), numerics.l2_normalize(anchors))
-    if projection == "inner_product":
-        return numerics.inner_products(x, anchors)
-    if projection == "euclidean":
-        squared = numerics.squared_distances(x, anchors)
-        apart = squared > 0  # the inner where keeps the gradient at distance 0 finite
-        return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
-    raise ValueError(f"unknown projection {projection!r}; valid: {', '.join(PROJECTIONS)}.")
+    return lookup(PROJECTIONS, projection, kind="projection")(x, anchors)

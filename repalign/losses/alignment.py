@@ -12,22 +12,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from repalign.losses.batch_statistics import keep
+from repalign.losses.batch_statistics import keep, token_mean
 from repalign.numerics import as_float, cosine_similarity, l2_normalize
 from repalign.typing import Array, ArrayLike, Bool, Float, Integer, Num, Scalar
-
-
-def _token_mean(
-    values: Num[Array, "batch tokens"],
-    where: Bool[Array, "batch"] | Bool[Array, "batch tokens"] | None,
-) -> Float[Array, "batch"]:
-    """Returns each example's mean over the tokens where the mask holds; 0 if it never does."""
-    values = as_float(values)
-    if where is None:
-        return jnp.mean(values, axis=1)
-    if where.ndim == 1:
-        return jnp.where(where, jnp.mean(values, axis=1), 0.0)
-    return jnp.sum(jnp.where(where, values, 0.0), axis=1) / jnp.maximum(jnp.sum(where, axis=1), 1)
 
 
 def _in_pairs(
@@ -78,7 +65,7 @@ def repa(
     """
     pairs = _in_pairs(projections, teachers)
     losses = [
-        _token_mean(-cosine_similarity(projection, lax.stop_gradient(teacher)), where)
+        token_mean(-cosine_similarity(projection, lax.stop_gradient(teacher)), where)
         for projection, teacher in pairs
     ]
     return sum(losses) / len(losses)
@@ -146,7 +133,7 @@ def _pair_mean(
     """Returns each example's mean over pairs of tokens that both count."""
     if where is not None and where.ndim == 2:
         where = (where[:, :, None] & where[:, None, :]).reshape(where.shape[0], -1)
-    return _token_mean(values.reshape(values.shape[0], -1), where)
+    return token_mean(values.reshape(values.shape[0], -1), where)
 
 
 def self_similarity_alignment(
@@ -194,7 +181,7 @@ def foundation_model_alignment(
     features = lax.stop_gradient(features)
     cosine = jax.nn.relu(1.0 - cosine_margin - cosine_similarity(latents, features))
     difference = jnp.abs(_self_similarity(latents) - _self_similarity(features))
-    return cosine_weight * _token_mean(cosine, where) + distance_weight * _pair_mean(
+    return cosine_weight * token_mean(cosine, where) + distance_weight * _pair_mean(
         jax.nn.relu(difference - distance_margin), where
     )
 

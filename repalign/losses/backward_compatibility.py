@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.numerics import as_float, cosine_similarity, inner_products
+from repalign.registry import lookup
 from repalign.typing import Array, ArrayLike, Float, Integer, Num
 
 
@@ -50,7 +51,8 @@ def higher_order_compatibility(
 ) -> Float[Array, "batch"]:
     """``-mu <old_i, new_i> + log sum_{j: y_j != y_i} exp(mu <old_i, new_j>)`` per example.
 
-    Inputs are taken as they are (the paper's are unit-norm). The old side gets no gradient.
+    Inputs are taken as they are (the paper's are unit-norm). The old side gets no gradient. All
+    N x N similarities are held.
 
     Args:
         same_class: ``excluded`` leaves examples of the same class out of the sum, as the paper's
@@ -58,17 +60,16 @@ def higher_order_compatibility(
             With ``excluded``, an example without any other class has only the first term.
 
     Raises:
-        ValueError: another name for ``same_class``.
+        UserError: another name for ``same_class``.
 
-    Source: Biondi et al. (arXiv:2405.02581), eq. 4; miccunifi/iamcl2r@18495ac:
+    Source: Biondi et al. (arXiv:2405.02581); miccunifi/iamcl2r@18495ac:
     src/iamcl2r/methods/hoc.py:49-65.
     """
-    if same_class not in ("excluded", "zeroed"):
-        raise ValueError(f"same_class is {same_class!r}; it must be 'excluded' or 'zeroed'.")
+    zeroed = lookup({"excluded": False, "zeroed": True}, same_class, kind="same_class")
     similarities = mu * inner_products(lax.stop_gradient(old), new)
     positives = jnp.diagonal(similarities)
     different = labels[:, None] != labels[None, :]
-    if same_class == "zeroed":
+    if zeroed:
         return jax.nn.logsumexp(jnp.where(different, similarities, 0.0), axis=1) - positives
     any_different = jnp.any(different, axis=1)
     allowed = different | ~any_different[:, None]

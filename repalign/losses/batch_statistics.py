@@ -1,9 +1,16 @@
-"""Means and covariances over the examples of a batch, with masked examples left out."""
+"""Means and covariances over the examples or tokens of a batch, with masked ones left out."""
 
 import jax.numpy as jnp
 
 from repalign.numerics import as_float, inner_products
 from repalign.typing import Array, Bool, Float, Num, Scalar
+
+
+def zero_masked(
+    x: Num[Array, "batch *rest"], where: Bool[Array, "batch"] | None
+) -> Num[Array, "batch *rest"]:
+    """Returns ``x`` with zeros for masked examples, which pass no gradient, finite or not."""
+    return x if where is None else jnp.where(where.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
 
 
 def keep(
@@ -16,8 +23,24 @@ def keep(
     x = as_float(x)
     if where is None:
         return x, jnp.asarray(x.shape[0], x.dtype)
-    kept = jnp.where(where.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
-    return kept, jnp.sum(where).astype(x.dtype)
+    return zero_masked(x, where), jnp.sum(where).astype(x.dtype)
+
+
+def token_mean(
+    values: Num[Array, "batch *tokens"], where: Bool[Array, "batch *_"] | None = None
+) -> Float[Array, "batch"]:
+    """Returns each example's mean over its tokens where the mask holds; 0 if it never does.
+
+    ``where`` masks tokens or, of shape [batch], whole examples.
+    """
+    values = as_float(values)
+    axes = tuple(range(1, values.ndim))
+    if where is None:
+        return jnp.mean(values, axis=axes)
+    where = where.reshape(*where.shape, *(1,) * (values.ndim - where.ndim))
+    where = jnp.broadcast_to(where, values.shape)
+    total = jnp.sum(jnp.where(where, values, 0.0), axis=axes)
+    return total / jnp.maximum(jnp.sum(where, axis=axes), 1)
 
 
 def centered(
@@ -26,7 +49,7 @@ def centered(
     """Returns ``x`` minus its mean over the batch (zero rows where masked), and the count."""
     x, count = keep(x, where)
     x = x - jnp.sum(x, axis=0) / jnp.maximum(count, 1.0)
-    return keep(x, where)[0], count
+    return zero_masked(x, where), count
 
 
 def covariance(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import keep
+from repalign.losses.batch_statistics import keep, token_mean
 from repalign.numerics import as_float, inner_products, l2_normalize, masked_mean
 from repalign.typing import Array, ArrayLike, Bool, Float, Num, Scalar
 
@@ -216,8 +216,7 @@ def ibot(
     Source: Zhou et al. (arXiv:2111.07832); bytedance/ibot@da316d8:main_ibot.py:530-572.
     """
     targets = _teacher_probabilities(teacher, center, teacher_temp)
-    entropy = jnp.where(masked, _cross_entropy(targets, student, student_temp), 0.0)
-    loss = jnp.sum(entropy, axis=1) / jnp.maximum(jnp.sum(masked, axis=1), 1)
+    loss = token_mean(_cross_entropy(targets, student, student_temp), masked)
     return loss, _new_center(jnp.swapaxes(teacher, 0, 1), center, center_momentum, None)
 
 
@@ -318,6 +317,4 @@ def capi_prediction(
     receive no gradient. Source: facebookresearch/capi@98b4fa1:train_capi.py:71-87.
     """
     entropy = _cross_entropy(lax.stop_gradient(as_float(assignments)), scores, temperature)
-    if where is None:
-        return jnp.mean(entropy, axis=1)
-    return jnp.sum(jnp.where(where, entropy, 0.0), axis=1) / jnp.maximum(jnp.sum(where, axis=1), 1)
+    return token_mean(entropy, where)

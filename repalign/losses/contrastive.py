@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from repalign.kernels.contrastive.api import log_sum_exp, sigmoid_loss
+from repalign.losses.batch_statistics import zero_masked
 from repalign.numerics import as_float, cosine_similarity, inner_products, l2_normalize
 from repalign.registry import lookup
 from repalign.typing import Array, ArrayLike, Bool, Float, Int
@@ -20,11 +21,6 @@ _LOG_SMALL = math.log(1e-45)  # what one implementation of DCL adds to the logit
 _IS_INSIDE = {"outside": False, "inside": True}
 _IS_ADDITIVE = {"excluded": False, "additive": True}
 _IS_MEAN = {"mean": True, "sum": False}
-
-
-def _keep(values, where):
-    """Sets the values of masked examples to 0, and their gradients with them."""
-    return values if where is None else jnp.where(where, values, 0.0)
 
 
 def info_nce(
@@ -72,7 +68,7 @@ def info_nce(
             "symmetric InfoNCE has no use for a queue of keys: "
             "leave out `negatives` or `symmetric`."
         )
-    queries, keys = l2_normalize(queries), l2_normalize(keys)
+    queries, keys = _unit_vectors(queries, where), _unit_vectors(keys, where)
     if symmetric:
         transposed = None if positives is None else positives.T
         there = _one_way(queries, keys, temperature, None, positives, aggregate, where)
@@ -82,13 +78,18 @@ def info_nce(
     return _one_way(queries, keys, temperature, negatives, positives, aggregate, where)
 
 
+def _unit_vectors(x, where):
+    """Normalises the rows; masked ones become 0, so that even a NaN in them reaches no gradient."""
+    return l2_normalize(zero_masked(x, where))
+
+
 def _one_way(queries, keys, temperature, negatives, positives, aggregate, where):
     total = log_sum_exp(queries, keys, scale=1.0 / temperature, where=where)
     if negatives is not None:
         negatives = l2_normalize(negatives)
         total = jnp.logaddexp(total, log_sum_exp(queries, negatives, scale=1.0 / temperature))
     if positives is None:
-        return _keep(total - jnp.sum(queries * keys, axis=1) / temperature, where)
+        return zero_masked(total - jnp.sum(queries * keys, axis=1) / temperature, where)
 
     logits = inner_products(queries, keys) / temperature
     positives = positives if where is None else positives & where[None, :]
@@ -98,7 +99,7 @@ def _one_way(queries, keys, temperature, negatives, positives, aggregate, where)
         matched = jax.nn.logsumexp(logits, axis=1, where=positives | (count == 0)[:, None])
     else:
         matched = jnp.sum(jnp.where(positives, logits, 0.0), axis=1) / jnp.maximum(count, 1)
-    return _keep(jnp.where(count > 0, total - matched, 0.0), where)
+    return zero_masked(jnp.where(count > 0, total - matched, 0.0), where)
 
 
 def nt_xent(
@@ -126,13 +127,13 @@ def nt_xent(
     (add_contrastive_loss). There a view is taken out by subtracting 1e9 from its logit, here
     exactly.
     """
-    a, b = l2_normalize(a), l2_normalize(b)
+    a, b = _unit_vectors(a, where), _unit_vectors(b, where)
     views, ids = _interleave(a, b), jnp.arange(2 * len(a))
     total = log_sum_exp(
         views, views, scale=1.0 / temperature, exclude=(ids, ids), where=_twice(where)
     )
     values = total.reshape(-1, 2) - jnp.sum(a * b, axis=1, keepdims=True) / temperature
-    return jnp.concatenate([_keep(values[:, 0], where), _keep(values[:, 1], where)])
+    return jnp.concatenate([zero_masked(values[:, 0], where), zero_masked(values[:, 1], where)])
 
 
 def _interleave(a, b):
@@ -175,7 +176,7 @@ def dcl_one_way(
     Source: Yeh et al. 2021 (DCL); raminnakhli/Decoupled-Contrastive-Learning@50991ef loss/dcl.py
     (DCL) is the additive form.
     """
-    a, b = as_float(a), as_float(b)
+    a, b = zero_masked(as_float(a), where), zero_masked(as_float(b), where)
     ids = (jnp.arange(len(a)), jnp.arange(2 * len(a)) // 2)
     negative = log_sum_exp(
         a, _interleave(a, b), scale=1.0 / temperature, exclude=ids, where=_twice(where)
@@ -186,7 +187,7 @@ def dcl_one_way(
         negative = jnp.logaddexp(negative, jnp.logaddexp(own, positive) + _LOG_SMALL)
     else:
         negative = jnp.where(jnp.isfinite(negative), negative, 0.0)
-    return _keep(negative - (positive if weights is None else weights * positive), where)
+    return zero_masked(negative - (positive if weights is None else weights * positive), where)
 
 
 def dcl(
@@ -204,7 +205,7 @@ def dcl(
 
     Source: Yeh et al. 2021 (DCL); lightly 1.6.0 loss/dcl_loss.py.
     """
-    a, b = l2_normalize(a), l2_normalize(b)
+    a, b = _unit_vectors(a, where), _unit_vectors(b, where)
     options = {"temperature": temperature, "masking": masking, "where": where}
     return jnp.concatenate([dcl_one_way(a, b, **options), dcl_one_way(b, a, **options)])
 
@@ -230,7 +231,7 @@ def dclw(
         sigma: positive scalar, the width of the weighting.
         normalizer: ``"mean"`` is the equation, with the weights stop-gradiented as in lightly;
             ``"sum"`` divides by the sum and lets the gradient through, as raminnakhli's code does
-            at the commit below (its weights average 2 - 1/N; since f876c83 that code multiplies by
+            at the commit below (its weights average 2 - 1/N; since afdb447 that code multiplies by
             N).
         masking: see ``dcl_one_way``.
         where: [N]; examples to use.
@@ -241,7 +242,7 @@ def dclw(
     Source: Yeh et al. 2021 (DCL), DCLW; lightly 1.6.0 loss/dcl_loss.py;
     raminnakhli/Decoupled-Contrastive-Learning@50991ef loss/dcl.py (DCLW).
     """
-    a, b = l2_normalize(a), l2_normalize(b)
+    a, b = _unit_vectors(a, where), _unit_vectors(b, where)
     used = jnp.ones(len(a), bool) if where is None else where
     share = jax.nn.softmax(jnp.sum(a * b, axis=1) / sigma, where=used)
     if lookup(_IS_MEAN, normalizer, kind="normalizer"):
@@ -280,9 +281,10 @@ def sup_con(
         [N].
 
     Source: Khosla et al. 2020 (SupCon), eq. 2 (outside) and 3 (inside);
-    HobbitLong/SupContrast@66a8fe5 losses.py. The official mean counts anchors without a positive as 0; others leave them out.
+    HobbitLong/SupContrast@66a8fe5 losses.py, whose mean counts anchors without a positive as 0;
+    others leave them out.
     """
-    x = l2_normalize(x)
+    x = _unit_vectors(x, where)
     scale, ids = 1.0 / temperature, jnp.arange(len(x))
     used = jnp.ones(len(x), bool) if where is None else where
     # Sums over each class instead of a mask over all pairs; there are at most N classes.
@@ -294,10 +296,10 @@ def sup_con(
             x, x, scale=scale, exclude=(ids, ids), include=(labels, labels), where=where
         ) - jnp.log(jnp.maximum(counts, 1))
     else:
-        sums = jax.ops.segment_sum(jnp.where(used[:, None], x, 0.0), classes, len(x))[classes]
+        sums = jax.ops.segment_sum(x, classes, len(x))[classes]
         matched = scale * jnp.sum(x * (sums - x), axis=1) / jnp.maximum(counts, 1)
     factor = 1.0 if base_temperature is None else temperature / base_temperature
-    return _keep(factor * jnp.where(counts > 0, total - matched, 0.0), where)
+    return zero_masked(factor * jnp.where(counts > 0, total - matched, 0.0), where)
 
 
 def clip(
@@ -324,10 +326,11 @@ def clip(
     Source: Radford et al. 2021 (CLIP), fig. 3; mlfoundations/open_clip@b01786f
     src/open_clip/loss.py (ClipLoss).
     """
-    a, b, scale = l2_normalize(a), l2_normalize(b), jnp.exp(jnp.asarray(logit_scale, jnp.float32))
+    a, b = _unit_vectors(a, where), _unit_vectors(b, where)
+    scale = jnp.exp(jnp.asarray(logit_scale, jnp.float32))
     rows = log_sum_exp(a, b, scale=scale, where=where)
     columns = log_sum_exp(b, a, scale=scale, where=where)
-    return _keep(0.5 * (rows + columns) - scale * jnp.sum(a * b, axis=1), where)
+    return zero_masked(0.5 * (rows + columns) - scale * jnp.sum(a * b, axis=1), where)
 
 
 def siglip(
@@ -356,9 +359,9 @@ def siglip(
     Source: Zhai et al. 2023 (SigLIP), algorithm 1; mlfoundations/open_clip@b01786f
     src/open_clip/loss.py (SigLipLoss).
     """
-    a, b, ids = l2_normalize(a), l2_normalize(b), jnp.arange(len(a))
+    a, b, ids = _unit_vectors(a, where), _unit_vectors(b, where), jnp.arange(len(a))
     values = sigmoid_loss(a, b, scale=scale, bias=bias, positive=(ids, ids), where=where)
-    return _keep(values, where)
+    return zero_masked(values, where)
 
 
 def spectral_contrastive(
@@ -391,13 +394,13 @@ def spectral_contrastive(
         squared = jnp.sum(jnp.square(x), axis=1, keepdims=True)
         return jnp.where(squared < mu, x, l2_normalize(x) * mu**0.5)
 
-    a, b = into_ball(as_float(a)), into_ball(as_float(b))
-    used = jnp.ones(len(a), bool) if where is None else where
-    others = jnp.where(used[:, None], b, 0.0)
+    a = into_ball(zero_masked(as_float(a), where))
+    b = into_ball(zero_masked(as_float(b), where))
+    count = len(a) if where is None else jnp.sum(where)
     products = jnp.sum(a * b, axis=1)
-    squares = jnp.sum(inner_products(a, inner_products(others.T, others.T)) * a, axis=1)
-    negatives = jnp.maximum(jnp.sum(used) - 1, 1)
-    return _keep((-2.0 * products + (squares - jnp.square(products)) / negatives) / mu, where)
+    squares = jnp.sum(inner_products(a, inner_products(b.T, b.T)) * a, axis=1)
+    negatives = jnp.maximum(count - 1, 1)
+    return zero_masked((-2.0 * products + (squares - jnp.square(products)) / negatives) / mu, where)
 
 
 def triplet(

@@ -10,6 +10,7 @@ from jax import lax
 from repalign.losses.batch_statistics import covariance, keep
 from repalign.losses.generative import gaussian_log_density
 from repalign.numerics import as_float
+from repalign.registry import lookup
 from repalign.typing import Array, ArrayLike, Bool, Float, Key, Num, Scalar
 
 
@@ -25,10 +26,8 @@ def _log_importance_weights(
     batch: int, dataset_size: int, sampling: str
 ) -> Float[Array, "samples batch"]:
     """Returns the log weight of posterior i in the estimate of q(z_j), [j, i]."""
-    if sampling == "weighted":
+    if not lookup({"weighted": False, "stratified": True}, sampling, kind="sampling"):
         return jnp.full((batch, batch), -math.log(batch * dataset_size))
-    if sampling != "stratified":
-        raise ValueError(f"sampling is {sampling!r}; it must be 'weighted' or 'stratified'.")
     if not 1 < batch <= dataset_size:
         raise ValueError(
             f"stratified sampling needs 2 <= batch <= dataset_size, got {batch} and {dataset_size}."
@@ -64,7 +63,8 @@ def decompose_kl(
             1/(M - 1).
 
     Raises:
-        ValueError: another ``sampling``, or a batch that stratified weights are not defined for.
+        UserError: another ``sampling``.
+        ValueError: a batch that stratified weights are not defined for.
 
     Source: Chen et al. (arXiv:1802.04942), eq. 2-4 and appendix C; rtqichen/beta-tcvae@1a3577d:
     vae_quant.py:194-258. Deviation: the released stratified weights walk the flattened matrix with
@@ -112,17 +112,16 @@ def dip(
     posterior variances on the diagonal (``ii``).
 
     Raises:
-        ValueError: another variant.
+        UserError: another variant.
 
     Source: Kumar et al. (arXiv:1711.00848), eq. 6-7; google-research/disentanglement_lib@86a644d:
     disentanglement_lib/methods/unsupervised/vae.py:308-371.
     """
-    if variant not in ("i", "ii"):
-        raise ValueError(f"variant is {variant!r}; it must be 'i' or 'ii'.")
+    with_posterior_variances = lookup({"i": False, "ii": True}, variant, kind="variant")
     matrix = covariance(mean, where, ddof=0)
     variances = jnp.diagonal(matrix)
     squared_off_diagonal = jnp.sum(jnp.square(matrix)) - jnp.sum(jnp.square(variances))
-    if variant == "ii":
+    if with_posterior_variances:
         posterior_variances, count = keep(jnp.exp(as_float(log_variance)), where)
         variances += jnp.sum(posterior_variances, axis=0) / jnp.maximum(count, 1.0)
     return off_diagonal * squared_off_diagonal + diagonal * jnp.sum(jnp.square(variances - 1.0))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from repalign.losses.batch_statistics import token_mean
 from repalign.numerics import as_float, cosine_similarity, l2_normalize, squared_distances
 from repalign.registry import lookup
 from repalign.typing import Array, ArrayLike, Bool, Float, Num
@@ -71,12 +72,7 @@ def feature_distillation(
     """
     measure = lookup(_DISTANCES, distance, kind="distance")
     fixed = lookup(_TARGETS, target, kind="target")(lax.stop_gradient(as_float(teacher)))
-    values = measure(as_float(student), fixed, beta).reshape(student.shape[0], -1)
-    if where is None:
-        return jnp.mean(values, axis=1)
-    counted = where.reshape(values.shape)
-    total = jnp.sum(jnp.where(counted, values, 0.0), axis=1)
-    return total / jnp.maximum(jnp.sum(counted, axis=1), 1)
+    return token_mean(measure(as_float(student), fixed, beta), where)
 
 
 def knowledge_distillation(
@@ -110,7 +106,7 @@ def relational_distance(
     """RKD-D: smooth-L1 difference of normalised pairwise distances, averaged for each example.
 
     Distances are divided by the mean of the positive ones; the widths may differ. The mean of the
-    result is the official loss (all N^2 pairs, the diagonal included).
+    result is the official loss (all N^2 pairs, the diagonal included; they are held at once).
 
     Source: Park et al. (arXiv:1904.05068); lenscloth/RKD@0a6c3c0:metric/loss.py:136-148.
     """

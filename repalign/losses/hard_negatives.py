@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.kernels.contrastive.api import log_sum_exp
+from repalign.losses.batch_statistics import zero_masked
 from repalign.numerics import inner_products, l2_normalize
 from repalign.typing import Array, ArrayLike, Bool, Float, Int, Key
 
@@ -43,7 +44,7 @@ def hard_negative_nt_xent(
 
     Source: Robinson et al. 2021; joshr17/HCL@7b4647f image/main.py (criterion).
     """
-    a, b = l2_normalize(a), l2_normalize(b)
+    a, b = l2_normalize(zero_masked(a, where)), l2_normalize(zero_masked(b, where))
     # Interleaved, a_0, b_0, a_1, ...: of a batch over devices, no row has to move.
     views, ids = jnp.stack([a, b], axis=1).reshape(-1, a.shape[1]), jnp.arange(2 * len(a)) // 2
     used = jnp.ones(len(a), bool) if where is None else where
@@ -97,7 +98,8 @@ def cluster_restricted_info_nce(
     Source: Zhang et al. 2024 (MCL); MajorDavidZhang/MCL@4f11473 obtains the same by drawing each
     batch from one cluster.
     """
-    queries, keys, ids = l2_normalize(queries), l2_normalize(keys), jnp.arange(len(queries))
+    queries = l2_normalize(zero_masked(queries, where))
+    keys, ids = l2_normalize(zero_masked(keys, where)), jnp.arange(len(queries))
     negative = log_sum_exp(
         queries,
         keys,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from repalign.losses.batch_statistics import token_mean
 from repalign.numerics import as_float, l2_normalize
 from repalign.typing import Array, ArrayLike, Bool, Float, Integer, Key, Num
 
@@ -52,14 +53,6 @@ def random_masking(key: Key[Array, ""], batch: int, tokens: int, *, mask_ratio: 
     return Masking(order[:, :visible], restore >= visible, restore)
 
 
-def _masked_token_mean(
-    values: Float[Array, "batch tokens"], masked: Bool[Array, "batch tokens"]
-) -> Float[Array, "batch"]:
-    """Returns each example's mean over its masked tokens; 0 if there is none."""
-    total = jnp.sum(jnp.where(masked, values, 0.0), axis=1)
-    return total / jnp.maximum(jnp.sum(masked, axis=1), 1)
-
-
 def mae(
     predictions: Num[Array, "batch tokens pixels"],
     patches: Num[Array, "batch tokens pixels"],
@@ -88,7 +81,7 @@ def mae(
         variance = squared / max(patches.shape[-1] - ddof, 1)
         patches = (patches - mean) * lax.rsqrt(variance + epsilon)
     error = jnp.mean(jnp.square(as_float(predictions) - patches), axis=-1)
-    return _masked_token_mean(error, masked)
+    return token_mean(error, masked)
 
 
 def simmim(
@@ -103,7 +96,7 @@ def simmim(
     Source: Xie et al. (arXiv:2111.09886); microsoft/SimMIM@d3e29bc:models/simmim.py:114-121.
     """
     difference = as_float(predictions) - lax.stop_gradient(as_float(patches))
-    return _masked_token_mean(jnp.mean(jnp.abs(difference), axis=-1), masked)
+    return token_mean(jnp.mean(jnp.abs(difference), axis=-1), masked)
 
 
 def patch_discrimination(

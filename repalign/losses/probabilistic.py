@@ -116,10 +116,8 @@ def mc_info_nce(
     Source: Kirchhof et al. 2023; mkirchhof/Probabilistic_Contrastive_Learning@31a8ae2
     utils/losses.py (MCInfoNCE), where the positive stands in the denominator with weight 1.
     """
-    if not 1 <= negatives <= max(len(mean_a) - 1, 1):
-        raise ValueError(
-            f"`negatives` is {negatives}, but a batch of {len(mean_a)} has no so many."
-        )
+    if len(mean_a) > 1 and not 1 <= negatives < len(mean_a):
+        raise ValueError(f"`negatives` is {negatives}; the batch holds {len(mean_a)} examples.")
     a_key, b_key = jax.random.split(key)
     a = sample_von_mises_fisher(a_key, mean_a, concentration_a, samples=samples)
     b = sample_von_mises_fisher(b_key, mean_b, concentration_b, samples=samples)

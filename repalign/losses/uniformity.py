@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.kernels.contrastive.api import log_sum_exp
+from repalign.losses.batch_statistics import zero_masked
 from repalign.numerics import as_float
 from repalign.typing import Array, ArrayLike, Bool, Float, Scalar
 
 
 def _log_kernel_sums(x: Array, y: Array, t: ArrayLike, where: Array | None) -> Array:
     """Returns ``log sum_{j != i} exp(-t |x_i - y_j|^2)``, [N]; -inf where no j is left."""
-    x, y = as_float(x), as_float(y)
+    x, y = zero_masked(as_float(x), where), zero_masked(as_float(y), where)
     # A common shift changes no distance, and keeps the digits of the expanded square.
     center = lax.stop_gradient(jnp.mean(y, axis=0))
     x, y = x - center, y - center

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import centered, covariance, keep
+from repalign.losses.batch_statistics import centered, covariance, keep, zero_masked
 from repalign.numerics import cosine_similarity, inner_products, masked_mean
+from repalign.registry import lookup
 from repalign.typing import Array, ArrayLike, Bool, Float, Num, Scalar
 
 
@@ -74,14 +75,14 @@ def w_mse(
     """W-MSE: ``2 - 2 cos(white a_i, white b_i)`` per example, in [0, 4].
 
     Each view is whitened over the batch on its own (``cholesky_whiten``); gradients flow through
-    the whitening. Masked examples have value 2 and pass no gradient.
+    the whitening. Masked examples have value 0 and pass no gradient.
 
     Source: Ermolov et al. (arXiv:2007.06346); htdt/self-supervised@d9662c8:
     methods/w_mse.py:19-36, with one whitening of the whole batch instead of random sub-batches.
     """
     white_a = cholesky_whiten(a, epsilon=epsilon, where=where)
     white_b = cholesky_whiten(b, epsilon=epsilon, where=where)
-    return 2.0 - 2.0 * cosine_similarity(white_a, white_b)
+    return zero_masked(2.0 - 2.0 * cosine_similarity(white_a, white_b), where)
 
 
 def _variance_deviations(
@@ -122,14 +123,12 @@ def intl(
             ``batch``, the batch size for ``channel``.
 
     Raises:
-        ValueError: another name for ``whitening``.
+        UserError: another name for ``whitening``.
 
     Source: Weng et al. (arXiv:2305.16789); winci-ai/INTL@0aa69af:methods/intl.py,
     methods/base.py:24-34 and methods/whitening.py:12-38.
     """
-    if whitening not in ("batch", "channel"):
-        raise ValueError(f"whitening is {whitening!r}; it must be 'batch' or 'channel'.")
-    across_examples = whitening == "channel"
+    across_examples = lookup({"batch": False, "channel": True}, whitening, kind="whitening")
     white, deviations = [], 0.0
     for x in (a, b):
         if across_examples:

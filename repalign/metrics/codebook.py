@@ -28,11 +28,6 @@ def usage(counts: Num[Array, " size"]) -> Scalar:
     return jnp.mean((counts > 0).astype(jnp.float32))
 
 
-def dead_codes(counts: Num[Array, " size"], *, threshold: float = 0.0) -> Bool[Array, " size"]:
-    """Marks the codes that occur at most ``threshold`` times (or average counts, for an EMA)."""
-    return counts <= threshold
-
-
 def entropy(counts: Num[Array, " size"]) -> Scalar:
     """Entropy of the code distribution in nats, in [0, log(size)]; 0 if nothing was counted."""
     total = jnp.sum(counts)

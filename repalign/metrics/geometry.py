@@ -7,9 +7,10 @@ import jax.numpy as jnp
 
 from repalign import numerics
 from repalign.kernels import neighbors
+from repalign.registry import lookup
 from repalign.typing import Array, Float, Num, Scalar
 
-ESTIMATORS = ("regression", "maximum_likelihood")
+ESTIMATORS = {"regression": True, "maximum_likelihood": False}
 
 
 @functools.partial(jax.jit, static_argnames=("estimator", "discard"))
@@ -29,10 +30,10 @@ def two_nn_dimension(
     Facco et al. 2017 (Estimating the intrinsic dimension by a minimal neighborhood information).
 
     Raises:
-        ValueError: an unknown estimator or a share outside [0, 1).
+        UserError: an unknown estimator.
+        ValueError: a share outside [0, 1).
     """
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}; valid: {', '.join(ESTIMATORS)}.")
+    regression = lookup(ESTIMATORS, estimator, kind="estimator")
     if not 0.0 <= discard < 1.0:
         raise ValueError(f"discard = {discard} is not in [0, 1).")
     distances = neighbors.top_k(features, features, k=2, metric="euclidean", exclude_self=True)
@@ -40,7 +41,7 @@ def two_nn_dimension(
     distinct = first > 0
     count = jnp.sum(distinct)
     log_ratios = jnp.log(jnp.where(distinct, second / jnp.where(distinct, first, 1.0), jnp.inf))
-    if estimator == "maximum_likelihood":
+    if not regression:
         return count / jnp.sum(jnp.where(distinct, log_ratios, 0.0))
     log_ratios = jnp.sort(log_ratios)  # the points without a ratio come last
     ranks = jnp.arange(1, features.shape[0] + 1)

@@ -10,6 +10,7 @@ from jax import lax
 
 from repalign import numerics
 from repalign.kernels import neighbors
+from repalign.registry import lookup
 from repalign.typing import Array, Float, Int, Num, Scalar
 
 _MEMORY = 10
@@ -212,14 +213,14 @@ def knn_probe(
     (``"majority"``). A tie goes to the lowest class.
 
     Raises:
-        ValueError: k larger than the training set, or an unknown weighting.
+        ValueError: k larger than the training set.
+        UserError: an unknown weighting.
     """
-    if weighting not in ("exponential", "majority"):
-        raise ValueError(f"unknown weighting {weighting!r}; valid: exponential, majority.")
+    exponential = lookup({"exponential": True, "majority": False}, weighting, kind="weighting")
     found = neighbors.top_k(
         numerics.l2_normalize(test_features), numerics.l2_normalize(train_features), k=k
     )
-    if weighting == "exponential":
+    if exponential:
         # Relative to the nearest neighbour, so that no temperature overflows.
         votes = jnp.exp((found.values - found.values[:, :1]) / temperature)
     else:

@@ -19,10 +19,11 @@ from jax.scipy.stats import rankdata
 from repalign import numerics
 from repalign.kernels import neighbors
 from repalign.latent_maps.subspace import canonical_subspaces
+from repalign.registry import lookup
 from repalign.typing import Array, Bool, Float, Int, Num, Scalar
 
-KERNELS = ("linear", "rbf")
-CONVENTIONS = ("unbiased", "biased", "biased_with_self")
+CONVENTIONS = {"unbiased": True, "biased": True, "biased_with_self": False}
+"""CKNNA's conventions; whether an example is left out of its own neighbours."""
 
 
 @functools.partial(jax.jit, static_argnames=("kernel", "sigma", "epsilon"))
@@ -38,13 +39,13 @@ def cka(
 
     With ``HSIC(K, L) = tr(K H L H)``, ``H = I - 11'/N``. In [0, 1]. The kernels are inner products,
     or ``exp(-|x - y|^2 / (2 sigma^2))``. The linear kernel with more examples than dimensions takes
-    the equal form ``|A_c' B_c|_F^2``, which needs no N x N matrix.
+    the equal form ``|A_c' B_c|_F^2``, which needs no N x N matrix; everything else holds some.
 
     Kornblith et al. 2019 (Similarity of Neural Network Representations Revisited). The
     ``epsilon`` is platonic-rep's.
 
     Raises:
-        ValueError: an unknown kernel.
+        UserError: an unknown kernel.
     """
     return _kernel_alignment(
         a, b, kernel=kernel, sigma=sigma, epsilon=epsilon, unbiased=False, least_examples=2
@@ -68,7 +69,8 @@ def unbiased_cka(
     Song et al. 2012 (Feature Selection via Dependence Maximization).
 
     Raises:
-        ValueError: an unknown kernel, or fewer than 4 examples.
+        UserError: an unknown kernel.
+        ValueError: fewer than 4 examples.
     """
     return _kernel_alignment(
         a, b, kernel=kernel, sigma=sigma, epsilon=epsilon, unbiased=True, least_examples=4
@@ -123,17 +125,17 @@ def cknna(
     the neighbour lists, in O(N k) memory, where the code builds several N x N matrices.
 
     Raises:
-        ValueError: topk below 2, or an unknown convention.
+        ValueError: topk below 2, or fewer than 4 examples for the unbiased HSIC.
+        UserError: an unknown convention.
     """
     if topk < 2:
         raise ValueError(f"CKNNA needs topk >= 2, got {topk}.")
-    if hsic not in CONVENTIONS:
-        raise ValueError(f"unknown hsic {hsic!r}; valid: {', '.join(CONVENTIONS)}.")
+    exclude_self = lookup(CONVENTIONS, hsic, kind="hsic")
     if hsic == "unbiased":
         _require_examples(a, 4)
     a, b = numerics.as_float(a), numerics.as_float(b)
-    of_a = _neighbors(a, topk, exclude_self=hsic != "biased_with_self")
-    of_b = _neighbors(b, topk, exclude_self=hsic != "biased_with_self")
+    of_a = _neighbors(a, topk, exclude_self=exclude_self)
+    of_b = _neighbors(b, topk, exclude_self=exclude_self)
     if hsic == "biased":
         # Row i of a linear kernel has the mean <x_i, mean of x>.
         of_a = of_a._replace(values=of_a.values - (a @ jnp.mean(a, axis=0))[:, None])
@@ -176,22 +178,22 @@ def rsa(
     """Representational similarity analysis: correlates the two sets of pairwise dissimilarities.
 
     A dissimilarity is one minus the Pearson correlation of two examples' features; the N(N-1)/2
-    pairs are compared by ``"spearman"`` (ranks, ties averaged) or ``"pearson"``. In [-1, 1].
+    pairs are compared by ``"spearman"`` (ranks, ties averaged) or ``"pearson"``. In [-1, 1]. All
+    N x N similarities are held.
 
     Kriegeskorte et al. 2008 (Representational Similarity Analysis).
 
     Raises:
-        ValueError: an unknown correlation.
+        UserError: an unknown correlation.
     """
-    if correlation not in ("spearman", "pearson"):
-        raise ValueError(f"unknown correlation {correlation!r}; valid: pearson, spearman.")
+    by_rank = lookup({"spearman": True, "pearson": False}, correlation, kind="correlation")
 
     def dissimilarities(x: Num[Array, "batch dim"]) -> Float[Array, " pairs"]:
         x = numerics.as_float(x)
         x = numerics.l2_normalize(x - jnp.mean(x, axis=1, keepdims=True))
         pairs = jnp.triu_indices(x.shape[0], k=1)
         values = 1.0 - numerics.inner_products(x, x)[pairs]
-        return rankdata(values) if correlation == "spearman" else values
+        return rankdata(values) if by_rank else values
 
     first, second = dissimilarities(a), dissimilarities(b)
     return numerics.cosine_similarity(first - jnp.mean(first), second - jnp.mean(second))
@@ -278,13 +280,12 @@ def _kernel_alignment(
     unbiased: bool,
     least_examples: int,
 ) -> Scalar:
-    if kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}; valid: {', '.join(KERNELS)}.")
+    linear = lookup({"linear": True, "rbf": False}, kernel, kind="kernel")
     _require_examples(a, least_examples)
     a, b = numerics.as_float(a), numerics.as_float(b)
     # Neither form of HSIC sees a shift of the features; without one fewer digits are lost.
     a, b = a - jnp.mean(a, axis=0), b - jnp.mean(b, axis=0)
-    if kernel == "linear" and a.shape[0] > max(a.shape[1], b.shape[1]):
+    if linear and a.shape[0] > max(a.shape[1], b.shape[1]):
 
         def hsic(x: Float[Array, "batch dim_x"], y: Float[Array, "batch dim_y"]) -> Scalar:
             return _linear_hsic(x, y, unbiased=unbiased)
@@ -294,7 +295,7 @@ def _kernel_alignment(
         return _ratio(hsic(a, b), own_a, own_b, epsilon)
 
     def centered_gram(x: Float[Array, "batch dim"]) -> Float[Array, "batch batch"]:
-        if kernel == "linear":
+        if linear:
             gram = numerics.inner_products(x, x)
         else:
             gram = jnp.exp(-numerics.squared_distances(x, x) / (2.0 * sigma**2))

@@ -1,11 +1,12 @@
 """Heads: REPA's projector, the projection MLP of contrastive methods, and a linear classifier."""
 
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from repalign.models.transformer import LayerNorm, xavier
+from repalign.registry import lookup
 from repalign.typing import Array, Float
 
 
@@ -33,23 +34,24 @@ class MLPHead(nn.Module):
     """SimCLR's projection head: (Linear, norm, ReLU) x (layers - 1), Linear.
 
     ``norm="batch"`` normalises by the statistics of the batch it is given, in training and in
-    evaluation alike (no running averages, hence no mutable state); ``"layer"`` per example.
+    evaluation alike (no running averages, hence no mutable state); ``"layer"`` per example; any
+    other name is a UserError.
     """
 
     features: int = 128
     hidden: int = 2048
     layers: int = 2
-    norm: Literal["batch", "layer"] | None = None
+    norm: str | None = None
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch width"]) -> Float[Array, "batch features"]:
         for number in range(1, self.layers):
             x = nn.Dense(self.hidden, dtype=self.dtype, name=f"linear_{number}")(x)
-            if self.norm == "batch":
-                x = BatchStandardize(dtype=self.dtype, name=f"norm_{number}")(x)
-            elif self.norm == "layer":
-                x = LayerNorm(dtype=self.dtype, name=f"norm_{number}")(x)
+            if self.norm is not None:
+                norms = {"batch": BatchStandardize, "layer": LayerNorm}
+                norm = lookup(norms, self.norm, kind="norm")
+                x = norm(dtype=self.dtype, name=f"norm_{number}")(x)
             x = nn.relu(x)
         return nn.Dense(self.features, dtype=self.dtype, name=f"linear_{self.layers}")(x)
 

@@ -1,10 +1,9 @@
 """Positions: fixed sine-cosine tables, the sinusoid of a diffusion time, and resized tables."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 import numpy as np
 
+from repalign.registry import lookup
 from repalign.typing import Array, Float
 
 
@@ -79,27 +78,34 @@ def bicubic_matrix(
     return matrix.astype(np.float32)
 
 
+_RESIZING = {"bicubic": (False, 0.0), "bicubic_antialias": (True, 0.0), "dinov2": (False, 0.1)}
+
+
 def resize_position_table(
     table: Float[Array, "old_tokens width"],
     old_grid: tuple[int, int],
     new_grid: tuple[int, int],
     *,
-    method: Literal["bicubic", "bicubic_antialias", "dinov2"] = "bicubic_antialias",
+    method: str = "bicubic_antialias",
 ) -> Float[Array, "new_tokens width"]:
     """Resamples a learned table (without class or register tokens) to another token grid.
 
     ``bicubic_antialias`` is timm's ``resample_abs_pos_embed``, which REPA applies to DINOv2
     (sihyun-yu/REPA@67f7145:utils.py:96); ``bicubic`` is MAE's and CLIP's; ``dinov2`` is DINOv2's
     own, ``bicubic`` with its interpolation offset of 0.1.
+
+    Raises:
+        UserError: an unknown method.
     """
+    antialias, offset = lookup(_RESIZING, method, kind="method of resizing")
     if old_grid == new_grid:
         return table
     row_matrix, column_matrix = (
         bicubic_matrix(
             old,
             new,
-            antialias=method == "bicubic_antialias",
-            scale=(new + 0.1) / old if method == "dinov2" else None,
+            antialias=antialias,
+            scale=(new + offset) / old,
         )
         for old, new in zip(old_grid, new_grid, strict=True)
     )

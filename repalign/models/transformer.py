@@ -59,8 +59,9 @@ def unpatchify(
 
 
 def to_nhwc(x: Float[Array, "..."], data_format: DataFormat) -> Float[Array, "..."]:
-    """Returns images in NHWC."""
-    return x if data_format == "NHWC" else x.transpose(0, 2, 3, 1)
+    """Returns images in NHWC; a UserError for any other name of a format."""
+    channels_last = lookup({"NHWC": True, "NCHW": False}, data_format, kind="data format")
+    return x if channels_last else x.transpose(0, 2, 3, 1)
 
 
 def from_nhwc(x: Float[Array, "..."], data_format: DataFormat) -> Float[Array, "..."]:

@@ -9,6 +9,7 @@ from jax import lax
 from repalign.kernels import codebook as kernel
 from repalign.numerics import as_float, l2_normalize
 from repalign.quantizers.vector import CodebookStatistics, EmaUpdate
+from repalign.registry import lookup
 from repalign.typing import Array, Bool, Float, Int, Key, Scalar
 
 
@@ -67,7 +68,8 @@ def kmeans(
     spreads to the code it is counted under: mask such vectors first. No gradient.
 
     Raises:
-        ValueError: no vectors, fewer than 1 code or iteration, an unknown name.
+        ValueError: no vectors, fewer than 1 code or iteration, an unknown distance.
+        UserError: an unknown initialization.
 
     Source: Lloyd 1982; Arthur & Vassilvitskii 2007 for ``plus_plus``; as an initialization of
     codebooks Zeghidour et al. 2021 (arXiv 2107.03312), section III-C.
@@ -76,15 +78,14 @@ def kmeans(
         raise ValueError(
             f"k-means of {x.shape[0]} vectors into {num_codes=} in {iterations=}: all must be >= 1."
         )
-    if initialization not in ("sample", "plus_plus"):
-        raise ValueError(f"unknown initialization {initialization!r}: 'sample' or 'plus_plus'.")
+    plus_plus = lookup({"sample": False, "plus_plus": True}, initialization, kind="initialization")
     x = lax.stop_gradient(as_float(x))
     if distance == "cosine":
         x = l2_normalize(x)
-    if initialization == "sample":
-        codebook = x[_draw(key, x.shape[0], num_codes)]
-    else:
+    if plus_plus:
         codebook = _plus_plus(key, x, num_codes, distance)
+    else:
+        codebook = x[_draw(key, x.shape[0], num_codes)]
 
     def step(carry, _):
         codebook = carry[0]

@@ -13,6 +13,7 @@ from jax import lax
 
 from repalign.numerics import as_float
 from repalign.quantizers.gradients import straight_through
+from repalign.registry import lookup
 from repalign.typing import Array, Float, Int
 
 
@@ -66,18 +67,18 @@ def fsq(
         varying fastest.
 
     Raises:
-        ValueError: too few levels, not one per dimension, an unknown convention.
+        ValueError: too few levels, or not one per dimension.
+        UserError: an unknown convention.
 
-    Source: Mentzer et al. 2023 (arXiv 2309.15505), section 3.1 and appendix A.1.
+    Source: Mentzer et al. 2023 (arXiv 2309.15505).
     """
     _check_levels(levels)
     if len(levels) != z.shape[-1]:
         raise ValueError(f"{len(levels)} levels for {z.shape[-1]} dimensions: project z first.")
-    if convention not in ("one_plus_eps", "one_minus_eps"):
-        raise ValueError(f"unknown convention {convention!r}: 'one_plus_eps' or 'one_minus_eps'.")
+    one_plus = lookup({"one_plus_eps": True, "one_minus_eps": False}, convention, kind="convention")
     sizes = np.asarray(levels)
     offset = np.where(sizes % 2 == 0, 0.5, 0.0)
-    if convention == "one_plus_eps":
+    if one_plus:
         half = (sizes - 1) * (1.0 + eps) / 2.0
         shift = np.arctanh(offset / half)
     else:

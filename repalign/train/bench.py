@@ -1,5 +1,6 @@
 """What the training loop costs beside the compiled step, and how long a start takes."""
 
+import dataclasses
 import statistics
 import time
 from typing import Any
@@ -9,7 +10,15 @@ import jax
 from repalign.data import pipeline
 from repalign.parallel.mesh import batch_sharding, make_mesh
 from repalign.train.experiment import Experiment
-from repalign.train.loop import as_specs, batch_spec, initializer, run_keys, zeros
+from repalign.train.loop import (
+    as_specs,
+    batch_spec,
+    compile_step,
+    initializer,
+    load_frozen,
+    run_keys,
+    zeros,
+)
 
 
 def bench_train(experiment: Experiment, source: Any, *, steps: int = 100) -> dict[str, float]:
@@ -40,10 +49,9 @@ def bench_train(experiment: Experiment, source: Any, *, steps: int = 100) -> dic
         spec = batch_spec(experiment, source.columns)
         init = initializer(experiment, total_steps)
         state = jax.jit(init)(run_keys(config.seeds), zeros(spec))
+        state = dataclasses.replace(state, frozen=load_frozen(experiment.forward, mesh))
         compiling = time.perf_counter()
-        step = experiment.step(total_steps)
-        step = jax.jit(jax.vmap(step) if replicated else step, donate_argnums=0)
-        compiled = step.lower(state, as_specs(spec, sharding)).compile()
+        compiled = compile_step(experiment, total_steps, state, as_specs(spec, sharding))
         compile_s = time.perf_counter() - compiling
         state, _ = jax.block_until_ready(compiled(state, next(loader)))
         start_s = time.perf_counter() - begun

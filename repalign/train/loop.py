@@ -128,12 +128,7 @@ def train(
             state, position = checkpoints.restore(targets)
             loader.set_state(position)
         state = dataclasses.replace(state, frozen=frozen)
-        step = experiment.step(total_steps)
-        if replicated:
-            axes = jax.tree.map(lambda leaf: 0, abstract)  # ``frozen``, absent there, has none.
-            step = jax.vmap(step, in_axes=(axes, 0), out_axes=(axes, 0))
-        step = jax.jit(step, donate_argnums=0)
-        compiled = step.lower(state, as_specs(spec, sharding)).compile()
+        compiled = compile_step(experiment, total_steps, state, as_specs(spec, sharding))
         loop = _Loop(
             config=config,
             total_steps=total_steps,
@@ -172,6 +167,15 @@ def initializer(experiment: Experiment, total_steps: int) -> Callable[[Any, Any]
         )
 
     return jax.vmap(init) if experiment.config.replicas > 1 else init
+
+
+def compile_step(experiment: Experiment, total_steps: int, state: TrainState, batch: PyTree) -> Any:
+    """Returns the compiled train step for a state and a batch (arrays or shapes), state donated."""
+    step = experiment.step(total_steps)
+    if experiment.config.replicas > 1:
+        axes = jax.tree.map(lambda leaf: 0, dataclasses.replace(state, frozen=None))
+        step = jax.vmap(step, in_axes=(axes, 0), out_axes=(axes, 0))
+    return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
 
 
 def abstract_state(experiment: Experiment, total_steps: int, spec: PyTree) -> TrainState:
@@ -263,7 +267,7 @@ class _Loop:
         """Steps from where the state stands to the last step."""
         config = self.config
         start = int(np.max(jax.device_get(state.step)))
-        metrics: dict[str, Any] = {}
+        metrics: dict[str, Any] = self.writer.read(start)
         pending: list[Mapping[str, jax.Array]] = []
         with ProgressReport(self.title, self.total_steps, start=start) as progress:
             begun = time.perf_counter()

@@ -100,7 +100,14 @@ def flow_matching(
     return Term(name, apply)
 
 
-def repa(*, student: str, teacher: Names, projector_width: int = 2048, name: str = "repa") -> Term:
+def repa(
+    *,
+    student: str,
+    teacher: Names,
+    projector_width: int = 2048,
+    dtype: str = "float32",
+    name: str = "repa",
+) -> Term:
     """Representation alignment (REPA): projected student tokens follow a frozen teacher's tokens.
 
     Each teacher has a projector of its own (three linear layers with SiLU between); see
@@ -111,6 +118,7 @@ def repa(*, student: str, teacher: Names, projector_width: int = 2048, name: str
         student: feature [batch, tokens, width], the hidden state of an early block.
         teacher: feature [batch, tokens, dim], or several.
         projector_width: hidden width of the projectors; 2048 in the paper.
+        dtype: of the projectors' computation; parameters and the loss are float32.
         name: the name of the term.
 
     Source: Yu et al. 2024 (arXiv:2410.06940); sihyun-yu/REPA@67f7145:models/sit.py:16-24.
@@ -118,7 +126,8 @@ def repa(*, student: str, teacher: Names, projector_width: int = 2048, name: str
     teachers = (teacher,) if isinstance(teacher, str) else tuple(teacher)
 
     def projector(features: Features, index: int) -> Projector:
-        return Projector(hidden=projector_width, features=features[teachers[index]].shape[-1])
+        width = features[teachers[index]].shape[-1]
+        return Projector(hidden=projector_width, features=width, dtype=dtype)
 
     def init(key: Array, features: Features) -> tuple[PyTree, PyTree]:
         params = {

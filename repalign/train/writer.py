@@ -20,7 +20,8 @@ class MetricsWriter:
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
-        self._file: TextIO = (directory / "metrics.jsonl").open("a", buffering=1)
+        self._path = directory / "metrics.jsonl"
+        self._file: TextIO = self._path.open("a", buffering=1)
         self._events = None
         if importlib.util.find_spec("tensorboardX") is not None:
             from tensorboardX import SummaryWriter
@@ -34,6 +35,15 @@ class MetricsWriter:
         self._file.close()
         if self._events is not None:
             self._events.close()
+
+    def read(self, step: int) -> dict[str, Any]:
+        """Returns what was written for a step, by this run or an earlier part of it."""
+        found: dict[str, Any] = {}
+        for line in self._path.read_text().splitlines():
+            entry = json.loads(line)
+            if entry.pop("step") == step:
+                found |= entry
+        return found
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes named scalars (or arrays of replicas) of one step."""

@@ -5,6 +5,7 @@ import pytest
 
 from repalign import latent_maps
 from repalign.latent_maps.relative import PROJECTIONS
+from repalign.registry import UserError
 
 
 def test_cosine_projection_agrees_with_the_reference(golden_losses):
@@ -39,5 +40,5 @@ def test_euclidean_projection_is_the_distance_with_a_finite_gradient_at_zero():
 
 
 def test_an_unknown_projection_is_named():
-    with pytest.raises(ValueError, match="cosine, euclidean, inner_product"):
+    with pytest.raises(UserError, match="cosine, euclidean, inner_product"):
         latent_maps.relative_representation(jnp.ones((2, 2)), jnp.ones((2, 2)), projection="l1")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from repalign.losses import backward_compatibility
+from repalign.registry import UserError
 
 RNG = np.random.default_rng(7)
 NEW = RNG.normal(size=(5, 4)).astype(np.float32)
@@ -54,7 +55,7 @@ def test_higher_order_compatibility_with_both_treatments_of_the_same_class():
             backward_compatibility.higher_order_compatibility, *arguments, mu=2.0, same_class=name
         )
         np.testing.assert_allclose(result, negatives - np.diag(similarities), rtol=1e-4)
-    with pytest.raises(ValueError, match="'excluded' or 'zeroed'"):
+    with pytest.raises(UserError, match="Valid: excluded, zeroed"):
         backward_compatibility.higher_order_compatibility(*arguments, same_class="kept")
 
 

@@ -234,12 +234,12 @@ MASKED = {
 }
 
 
-def test_where_is_the_same_as_leaving_examples_out():
+def test_where_is_the_same_as_leaving_examples_out_even_when_they_are_not_finite():
     a, b = pair()
     run = jax.jit(lambda a, b, w: {name: loss(a, b, w) for name, loss in MASKED.items()})
     where = jnp.asarray([True, True, False, True, True, False])
     kept = np.flatnonzero(where)
-    part = run(a, b, where)
+    part = run(*(jnp.where(where[:, None], x, jnp.nan) for x in (a, b)), where)
     labels = np.asarray([0, 1, 0, 1, 0, 1])[kept]
     alone = {
         name: loss(a[kept], b[kept], None)
@@ -263,8 +263,9 @@ def test_all_masked_gives_zero_and_no_gradient():
         return {name: jnp.sum(loss(a, b, where)) for name, loss in MASKED.items()}
 
     where = jnp.zeros(6, bool)
-    gradients = jax.jit(jax.jacrev(total, (0, 1)))(*pair(), where)
-    assert all(value == 0.0 for value in jax.jit(total)(*pair(), where).values())
+    poisoned = [jnp.full_like(x, jnp.nan) for x in pair()]
+    gradients = jax.jit(jax.jacrev(total, (0, 1)))(*poisoned, where)
+    assert all(value == 0.0 for value in jax.jit(total)(*poisoned, where).values())
     assert all(np.all(x == 0.0) for x in jax.tree.leaves(gradients))
 
 

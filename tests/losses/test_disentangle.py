@@ -7,6 +7,7 @@ import pytest
 from scipy import special, stats
 
 from repalign.losses import disentangle
+from repalign.registry import UserError
 
 RNG = np.random.default_rng(10)
 MEAN, LOG_VARIANCE, NOISE = RNG.normal(size=(3, 6, 4)).astype(np.float32)
@@ -59,9 +60,9 @@ def test_decompose_kl_refuses_what_is_undefined():
     arguments = [jnp.asarray(x) for x in (Z, MEAN, LOG_VARIANCE)]
     with pytest.raises(ValueError, match="2 <= batch <= dataset_size, got 6 and 4"):
         disentangle.decompose_kl(*arguments, dataset_size=4, sampling="stratified")
-    with pytest.raises(ValueError, match="'weighted' or 'stratified'"):
+    with pytest.raises(UserError, match="Valid: stratified, weighted"):
         disentangle.decompose_kl(*arguments, dataset_size=50, sampling="minibatch")
-    with pytest.raises(ValueError, match="'i' or 'ii'"):
+    with pytest.raises(UserError, match="Valid: i, ii"):
         disentangle.dip(*arguments[:2], off_diagonal=1.0, diagonal=1.0, variant="iii")
 
 

@@ -17,10 +17,6 @@ def test_counts_add_up_and_leave_out_what_is_masked_or_out_of_range():
 def test_summaries_of_counts():
     counts = jnp.array([6.0, 0.0, 3.0, 1.0])
     np.testing.assert_allclose(codebook.usage(counts), 0.75)
-    np.testing.assert_array_equal(codebook.dead_codes(counts), [False, True, False, False])
-    np.testing.assert_array_equal(
-        codebook.dead_codes(counts, threshold=2.0), [False, True, False, True]
-    )
     expected = scipy.stats.entropy(np.asarray(counts))
     np.testing.assert_allclose(codebook.entropy(counts), expected, rtol=1e-5)
     np.testing.assert_allclose(codebook.perplexity(counts), np.exp(expected), rtol=1e-5)

@@ -6,6 +6,7 @@ from scipy.spatial import KDTree
 from sklearn.metrics.pairwise import cosine_similarity
 
 from repalign.metrics import geometry
+from repalign.registry import UserError
 
 
 @pytest.mark.parametrize("estimator", geometry.ESTIMATORS)
@@ -70,7 +71,7 @@ def test_modality_gap():
 
 def test_mistakes_are_named():
     points = jnp.ones((5, 2))
-    with pytest.raises(ValueError, match="regression, maximum_likelihood"):
+    with pytest.raises(UserError, match="maximum_likelihood, regression"):
         geometry.two_nn_dimension(points, estimator="mean")
     with pytest.raises(ValueError, match="discard = 1.0"):
         geometry.two_nn_dimension(points, discard=1.0)

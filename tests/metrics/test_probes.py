@@ -7,6 +7,7 @@ from sklearn.metrics import r2_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from repalign.metrics import probes
+from repalign.registry import UserError
 
 CLASSES = 4
 
@@ -79,7 +80,7 @@ def test_knn_probe_agrees_with_scikit_learn(sets):
         expected = model.fit(features, labels).score(test_features, test_labels)
         accuracy = probes.knn_probe(*sets, classes=CLASSES, k=7, weighting=weighting)
         np.testing.assert_allclose(accuracy, expected, rtol=1e-6)
-    with pytest.raises(ValueError, match="exponential, majority"):
+    with pytest.raises(UserError, match="exponential, majority"):
         probes.knn_probe(*sets, classes=CLASSES, weighting="uniform")
 
 

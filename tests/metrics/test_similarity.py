@@ -8,6 +8,7 @@ import scipy.stats
 from sklearn.cross_decomposition import CCA
 
 from repalign.metrics import similarity
+from repalign.registry import UserError
 
 
 def paired_features(count: int, dim_a: int, dim_b: int, seed: int = 0) -> tuple[jax.Array, ...]:
@@ -183,13 +184,13 @@ def test_mistakes_are_named():
     a, b = paired_features(12, 4, 4)
     with pytest.raises(ValueError, match="topk >= 2"):
         similarity.cknna(a, b, topk=1)
-    with pytest.raises(ValueError, match="unbiased, biased, biased_with_self"):
+    with pytest.raises(UserError, match="biased, biased_with_self, unbiased"):
         similarity.cknna(a, b, topk=3, hsic="none")
-    with pytest.raises(ValueError, match="linear, rbf"):
+    with pytest.raises(UserError, match="linear, rbf"):
         similarity.cka(a, b, kernel="cosine")
     with pytest.raises(ValueError, match="at least 4 examples"):
         similarity.unbiased_cka(a[:3], b[:3])
     with pytest.raises(ValueError, match="components = 5"):
         similarity.svcca(a, b, components=5)
-    with pytest.raises(ValueError, match="pearson, spearman"):
+    with pytest.raises(UserError, match="pearson, spearman"):
         similarity.rsa(a, b, correlation="kendall")

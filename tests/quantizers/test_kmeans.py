@@ -9,6 +9,7 @@ import pytest
 
 from repalign.quantizers.kmeans import dead_codes, kmeans, revive_dead_codes
 from repalign.quantizers.vector import CodebookStatistics
+from repalign.registry import UserError
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
@@ -69,5 +70,5 @@ def test_revival_takes_distinct_vectors_and_resets_statistics():
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="0 vectors"):
         kmeans(jax.random.key(0), jnp.zeros((0, 2)), num_codes=2)
-    with pytest.raises(ValueError, match="plus_plus"):
+    with pytest.raises(UserError, match="plus_plus"):
         kmeans(jax.random.key(0), jnp.zeros((3, 2)), num_codes=2, initialization="pp")
