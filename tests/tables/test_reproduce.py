@@ -1,3 +1,4 @@
+import contextlib
 import json
 import sqlite3
 
@@ -149,6 +150,6 @@ def test_rows_at_once_give_the_numbers_of_rows_in_turn(table, tmp_path):
     together = reproduce(FILE, tmp_path, overrides=QUICK, jobs=2)
     for row in ROWS:
         assert values(together)[row] == values(table[1])[row]
-    with sqlite3.connect(tmp_path / "results.sqlite") as database:
+    with contextlib.closing(sqlite3.connect(tmp_path / "results.sqlite")) as database:
         done = database.execute("SELECT count(*) FROM runs WHERE status = 'done'").fetchone()
         assert done == (4,)
