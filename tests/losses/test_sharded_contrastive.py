@@ -5,16 +5,13 @@ file as a script), which prints one JSON document for all tests.
 """
 
 import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import contrastive_cases
 import jax
 import jax.numpy as jnp
 import pytest
+import simulated_devices
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from repalign.kernels.contrastive import api, xla
@@ -115,16 +112,7 @@ def measure():
 
 @pytest.fixture(scope="module")
 def report():
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-    command = [sys.executable, str(pathlib.Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return json.loads(simulated_devices.output(__file__, optimize=False))
 
 
 def test_equal_to_one_device(report):

@@ -5,9 +5,7 @@ The devices have to exist before JAX starts, so that measurement runs in one pro
 """
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 
@@ -15,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simulated_devices
 
 from repalign.parallel.mesh import (
     MeshConfig,
@@ -125,17 +124,7 @@ def measure():
 
 @pytest.fixture(scope="module")
 def report():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-    }
-    command = [sys.executable, str(pathlib.Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    return json.loads(simulated_devices.output(__file__, optimize=False))
 
 
 def test_large_arrays_are_split_along_their_largest_axis_that_divides(report):

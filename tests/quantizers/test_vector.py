@@ -1,9 +1,6 @@
 """Vector quantization: golden numbers, gradients, EMA on one and on eight devices."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from functools import partial
 
@@ -11,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import simulated_devices
 
 from repalign.quantizers.vector import (
     CodebookStatistics,
@@ -200,16 +198,9 @@ _EIGHT_DEVICES = """
 
 
 def test_ema_is_the_same_on_eight_devices():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-    }
     code = textwrap.dedent(_EIGHT_DEVICES).replace("\\\\", "\\")
-    finished = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    search, update = finished.stdout.strip().split("] [")
+    printed = simulated_devices.output("-c", code)
+    search, update = printed.strip().split("] [")
     assert search == "["
     # Counts and sums: two all-reduces, or one that XLA combined.
     assert set(update.strip("[]").replace("'", "").split(", ")) == {"all-reduce"}
