@@ -55,8 +55,10 @@ def source_loss(context):
     batch = jax.device_put(context.source.gather(np.arange(len(context.source))))
 
     @jax.jit
-    def measure(params, key):
-        features = forward.apply(params, batch, key, average=None, frozen=None)
+    def measure(params, forward_state, key):
+        features, _ = forward.apply(
+            params, batch, key, average=None, frozen=None, state=forward_state
+        )
         losses = optax.softmax_cross_entropy_with_integer_labels(
             features["classifier/logits"], features["label"]
         )
@@ -64,7 +66,7 @@ def source_loss(context):
 
     def evaluate(state, key):
         shown = np.full((1, 8, 8, 1), 128, np.uint8)
-        value = float(measure(evaluation_params(state), key))
+        value = float(measure(evaluation_params(state), state.forward, key))
         return EvaluationResult({"source_loss": value}, {"samples": shown})
 
     return evaluate

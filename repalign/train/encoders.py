@@ -62,7 +62,7 @@ def random_encoder(config: str, images: np.ndarray, *, seed: int) -> Encoder:
     """Returns the encoder of an experiment for such images, with freshly drawn weights."""
     experiment = assemble(configs.load_config(config))
     batch = {"image": jnp.asarray(images[:1]), "label": jnp.zeros((1,), jnp.int32)}
-    params = experiment.forward.init(jax.random.key(seed), batch)
+    params, _ = experiment.forward.init(jax.random.key(seed), batch)
     return model_encoder(experiment.model, params["encoder"])
 
 

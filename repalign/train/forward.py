@@ -55,14 +55,20 @@ def flow(
         encoder = build(teacher, place="config.forward.teacher")
         frozen_params = FrozenParams(encoder.shapes, encoder.load)
 
-    def init(key: Key[Array, ""], batch: Batch) -> PyTree:
+    def init(key: Key[Array, ""], batch: Batch) -> tuple[PyTree, PyTree]:
         data = draw(key, batch)
         time = jnp.zeros((data.shape[0],), jnp.float32)
-        return model.init(key, data, time, batch["label"])["params"]
+        return model.init(key, data, time, batch["label"])["params"], {}
 
     def apply(
-        params: PyTree, batch: Batch, key: Key[Array, ""], *, average: PyTree, frozen: PyTree
-    ) -> Features:
+        params: PyTree,
+        batch: Batch,
+        key: Key[Array, ""],
+        *,
+        average: PyTree,
+        frozen: PyTree,
+        state: PyTree,
+    ) -> tuple[Features, PyTree]:
         del average
         time_key, noise_key, label_key = jax.random.split(key, 3)
         data = draw(jax.random.fold_in(key, 3), batch)
@@ -79,14 +85,14 @@ def flow(
         if encoder is not None:
             patches = encoder.apply(frozen, batch["image"])
             features["teacher/patches"] = jax.lax.stop_gradient(patches)
-        return {
-            **features,
+        features |= {
             "flow/data": data,
             "flow/noise": noise,
             "flow/time": time,
             "sit/output": output,
             **{f"sit/{name}": tap for name, tap in taps.items()},
         }
+        return features, state
 
     return Forward(init, apply, frozen_params)
 
@@ -127,8 +133,14 @@ def two_views(
     recipe = from_section(augment.ViewRecipe, view, place="config.forward.view")
 
     def apply(
-        params: PyTree, batch: Batch, key: Key[Array, ""], *, average: PyTree, frozen: PyTree
-    ) -> Features:
+        params: PyTree,
+        batch: Batch,
+        key: Key[Array, ""],
+        *,
+        average: PyTree,
+        frozen: PyTree,
+        state: PyTree,
+    ) -> tuple[Features, PyTree]:
         del average, frozen
         images = to_unit_range(batch["image"])
         views = jnp.concatenate(augment.two_views(key, images, first=recipe))
@@ -139,7 +151,7 @@ def two_views(
             zip(jnp.split(encoded, 2), jnp.split(embedded, 2), strict=True)
         ):
             features |= {f"view_{view}/encoder": code, f"view_{view}/embedding": embedding}
-        return features
+        return features, state
 
     return Forward(_encoder_and_head_init(model, head), apply)
 
@@ -152,31 +164,34 @@ def supervised(model: Any, *, classes: int, shift: int = 2, flip: float = 0.5) -
     head = LinearClassifier(classes)
 
     def apply(
-        params: PyTree, batch: Batch, key: Key[Array, ""], *, average: PyTree, frozen: PyTree
-    ) -> Features:
+        params: PyTree,
+        batch: Batch,
+        key: Key[Array, ""],
+        *,
+        average: PyTree,
+        frozen: PyTree,
+        state: PyTree,
+    ) -> tuple[Features, PyTree]:
         del average, frozen
         shift_key, flip_key = jax.random.split(key)
         images = augment.translate(shift_key, to_unit_range(batch["image"]), pixels=shift)
         images = augment.horizontal_flip(flip_key, images, probability=flip)
         encoded, _ = model.apply({"params": params["encoder"]}, images)
         logits = head.apply({"params": params["head"]}, encoded)
-        return {
-            **_columns_that_are_features(batch),
-            "classifier/logits": logits,
-            "label": batch["label"],
-        }
+        features = _columns_that_are_features(batch)
+        return features | {"classifier/logits": logits, "label": batch["label"]}, state
 
     return Forward(_encoder_and_head_init(model, head), apply)
 
 
 def _encoder_and_head_init(model: Any, head: Any):
-    def init(key: Key[Array, ""], batch: Batch) -> PyTree:
+    def init(key: Key[Array, ""], batch: Batch) -> tuple[PyTree, PyTree]:
         encoder_key, head_key = jax.random.split(key)
         (embedding, _), variables = model.init_with_output(
             encoder_key, to_unit_range(batch["image"])
         )
         head_params = head.init(head_key, embedding)["params"]
-        return {"encoder": variables["params"], "head": head_params}
+        return {"encoder": variables["params"], "head": head_params}, {}
 
     return init
 

@@ -30,15 +30,17 @@ class Forward(NamedTuple):
     """A forward pass: two pure functions, whatever library wrote the model behind them.
 
     Attributes:
-        init: ``(key, batch) -> params``.
-        apply: ``(params, batch, key, *, average, frozen) -> features``; ``average`` holds the
-            moving average of the parameters (a teacher, if the method has one; None if there is
-            none) and ``frozen`` parameters that never change.
+        init: ``(key, batch) -> (params, state)``; the state is what the pass keeps from step to
+            step beside its parameters (statistics of batch normalisation, of a codebook), ``{}``
+            if nothing.
+        apply: ``(params, batch, key, *, average, frozen, state) -> (features, new state)``;
+            ``average`` holds the moving average of the parameters (a teacher, if the method has
+            one; None if there is none) and ``frozen`` parameters that never change.
         frozen: where those come from; None if ``apply`` needs none.
     """
 
-    init: Callable[[Key, Batch], PyTree]
-    apply: Callable[..., Features]
+    init: Callable[[Key, Batch], tuple[PyTree, PyTree]]
+    apply: Callable[..., tuple[Features, PyTree]]
     frozen: FrozenParams | None = None
 
 
@@ -51,6 +53,7 @@ class TrainState:
         step: number of steps taken, int32.
         key: the run's key; a step uses ``fold_in(key, step)``, so a resumed run repeats exactly.
         params: ``{"model": ..., "objective": ...}``, what the optimizer changes.
+        forward: the state of the forward pass.
         objective: the state of the terms.
         optimizer: the state of the optimizer.
         average: moving average of ``params["model"]``, or None.
@@ -60,6 +63,7 @@ class TrainState:
     step: PyTree
     key: PyTree
     params: PyTree
+    forward: PyTree
     objective: PyTree
     optimizer: PyTree
     average: PyTree
@@ -82,14 +86,15 @@ def init_state(
     are loaded and not computed, and the caller puts them into the state afterwards.
     """
     model_key, objective_key, forward_key, run_key = jax.random.split(key, 4)
-    model = forward.init(model_key, batch)
+    model, forward_state = forward.init(model_key, batch)
     average = jax.tree.map(jnp.copy, model) if with_average else None
     own_shapes = None if forward.frozen is None else forward.frozen.shapes()
-    features = jax.eval_shape(
-        lambda params, batch, key, frozen: forward.apply(
-            params, batch, key, average=average, frozen=frozen
+    features, _ = jax.eval_shape(
+        lambda params, state, batch, key, frozen: forward.apply(
+            params, batch, key, average=average, frozen=frozen, state=state
         ),
         model,
+        forward_state,
         batch,
         forward_key,
         own_shapes if frozen is None else frozen,
@@ -102,6 +107,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         key=run_key,
         params=params,
+        forward=forward_state,
         objective=objective_state,
         optimizer=optimizer.init(params),
         average=average,

@@ -37,14 +37,21 @@ def make_train_step(
         forward_key, objective_key = jax.random.split(jax.random.fold_in(state.key, state.step))
 
         def value(params: PyTree):
-            features = forward.apply(
-                params["model"], batch, forward_key, average=state.average, frozen=state.frozen
+            features, forward_state = forward.apply(
+                params["model"],
+                batch,
+                forward_key,
+                average=state.average,
+                frozen=state.frozen,
+                state=state.forward,
             )
-            return objective.apply(
+            loss, output = objective.apply(
                 params["objective"], state.objective, features, objective_key, step=state.step
             )
+            return loss, (output, forward_state)
 
-        (loss, output), gradients = jax.value_and_grad(value, has_aux=True)(state.params)
+        differentiated = jax.value_and_grad(value, has_aux=True)
+        (loss, (output, forward_state)), gradients = differentiated(state.params)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
@@ -61,6 +68,7 @@ def make_train_step(
             step=state.step + 1,
             key=state.key,
             params=params,
+            forward=forward_state,
             objective=output.state,
             optimizer=optimizer_state,
             average=average,

@@ -17,6 +17,7 @@ def make_state(scale, *, frozen=None):
         step=jnp.asarray(7, jnp.int32),
         key=jax.random.key(11),
         params=params,
+        forward={"mean": scale * jnp.ones(3)},
         objective={"queue": {"rows": scale * jnp.ones((2, 2), jnp.bfloat16)}},
         optimizer=optax.adamw(0.1).init(params),
         average={"w": scale * jnp.ones((2, 3))},

@@ -64,9 +64,9 @@ def test_parameters_and_hyper_parameters(size):
 @pytest.mark.parametrize("size", WIDTH)
 def test_a_step_keeps_the_shapes_of_the_state(size):
     experiment, spec, state = full_scale(size)
-    features = jax.eval_shape(
+    features, _ = jax.eval_shape(
         lambda params, frozen, batch: experiment.forward.apply(
-            params, batch, jax.random.key(0), average=None, frozen=frozen
+            params, batch, jax.random.key(0), average=None, frozen=frozen, state={}
         ),
         state.params["model"],
         state.frozen,

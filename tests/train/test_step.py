@@ -15,14 +15,14 @@ BATCH = {
 }
 
 
-def noisy_linear(params, batch, key, *, average, frozen):
+def noisy_linear(params, batch, key, *, average, frozen, state):
     """A linear model of inputs with noise, so that the step's keys matter."""
     del average, frozen
     noise = 0.1 * jax.random.normal(key, batch["x"].shape)
-    return {"output": (batch["x"] + noise) @ params["w"], "target": batch["y"]}
+    return {"output": (batch["x"] + noise) @ params["w"], "target": batch["y"]}, state
 
 
-LINEAR = Forward(lambda key, batch: {"w": jax.random.normal(key, (3, 2))}, noisy_linear)
+LINEAR = Forward(lambda key, batch: ({"w": jax.random.normal(key, (3, 2))}, {}), noisy_linear)
 
 
 def scaled_error():
@@ -179,12 +179,13 @@ def test_the_initial_state_depends_on_the_key_and_not_on_the_batch():
 
 
 def test_the_model_may_read_the_average_and_frozen_parameters_without_a_gradient():
-    def apply(params, batch, key, *, average, frozen):
+    def apply(params, batch, key, *, average, frozen, state):
         del key
-        return {
+        features = {
             "output": batch["x"] @ params["w"],
             "target": batch["x"] @ average["w"] + frozen["offset"],
         }
+        return features, state
 
     distance = Term(
         "distance",
@@ -203,3 +204,32 @@ def test_the_model_may_read_the_average_and_frozen_parameters_without_a_gradient
     expected = state.params["model"]["w"] - 0.1 * gradient
     np.testing.assert_allclose(new.params["model"]["w"], expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(new.frozen["offset"], frozen["offset"])
+
+
+def test_the_forward_pass_keeps_a_state_of_its_own():
+    """Running means, as batch normalisation keeps them: read before the step, written by it."""
+
+    def apply(params, batch, key, *, average, frozen, state):
+        del key, average, frozen
+        mean = batch["x"].mean(axis=0)
+        features = {"output": (batch["x"] - state["mean"]) @ params["w"], "target": batch["y"]}
+        return features, {"mean": 0.75 * state["mean"] + 0.25 * mean}
+
+    def init(key, batch):
+        del batch
+        return {"w": jax.random.normal(key, (3, 2))}, {"mean": jnp.ones(3)}
+
+    def error(params, state, features, key):
+        del params, key
+        difference = features["output"] - features["target"]
+        return TermOutput(jnp.square(difference).sum(-1), state, {})
+
+    forward, objective = Forward(init, apply), Objective((Term("error", error),))
+    optimizer = optax.sgd(0.1)
+    state = init_state(forward, objective, optimizer, jax.random.key(0), BATCH, with_average=False)
+    new, metrics = make_train_step(forward, objective, optimizer)(state, BATCH)
+    expected = jnp.square((BATCH["x"] - 1.0) @ state.params["model"]["w"] - BATCH["y"]).sum(-1)
+    np.testing.assert_allclose(metrics["error"], expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(
+        new.forward["mean"], 0.75 + 0.25 * BATCH["x"].mean(axis=0), rtol=1e-6
+    )
