@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from repalign.generation import flow
 from repalign.losses import alignment
 from repalign.models.heads import Projector
+from repalign.numerics import as_float
 from repalign.registry import UserError, check_arguments, nearest, resolve
 from repalign.train.objective import Term, TermOutput
 from repalign.typing import Array, Features, PyTree
@@ -27,7 +29,8 @@ def loss(
 
     The function's positional parameters are arrays: each gets the name of a feature, or a list of
     names. Its keyword-only parameters are hyper-parameters: each gets its value. Parameters that
-    have a default may be left out::
+    have a default may be left out, and one called ``key`` gets the term's. A function that returns
+    a NamedTuple with a field ``loss``, or a loss and a NamedTuple, gives the rest as metrics::
 
         loss(
             "losses.contrastive.nt_xent", a="view_0/embedding", b="view_1/embedding",
@@ -53,7 +56,9 @@ def loss(
                 f"objective.{name}.{argument}: no such key. {nearest(argument, parameters)}"
             )
     missing = [
-        p.name for p in parameters.values() if p.default is p.empty and p.name not in arguments
+        p.name
+        for p in parameters.values()
+        if p.default is p.empty and p.name not in arguments and p.name != "key"
     ]
     if missing:
         raise UserError(f"objective.{name}: missing {', '.join(missing)}.")
@@ -61,11 +66,31 @@ def loss(
     hyper_parameters = {key: value for key, value in arguments.items() if key not in arrays}
 
     def apply(params: PyTree, state: PyTree, features: Features, key: Array) -> TermOutput:
-        del params, key
+        del params
         values = {argument: _read(features, names) for argument, names in read.items()}
-        return TermOutput(function(**values, **hyper_parameters), state, {})
+        if "key" in parameters:
+            values["key"] = key
+        value, metrics = _split_diagnostics(function(**values, **hyper_parameters), name)
+        return TermOutput(value, state, metrics)
 
     return Term(name, apply)
+
+
+def _split_diagnostics(output: Any, term: str) -> tuple[Array, dict[str, Array]]:
+    """Returns what a loss function computed as the loss and the means of its diagnostics."""
+    if not isinstance(output, tuple):
+        return output, {}
+    if hasattr(output, "_asdict"):
+        diagnostics = output._asdict()
+        value = diagnostics.pop("loss")
+    elif hasattr(output[1], "_asdict"):
+        value, diagnostics = output[0], output[1]._asdict()
+    else:
+        raise UserError(
+            f"objective.{term}: the loss returns a state, which this term would lose; the terms of "
+            "train.stateful_terms keep one."
+        )
+    return value, {name: jnp.mean(as_float(array)) for name, array in diagnostics.items()}
 
 
 def flow_matching(
@@ -155,8 +180,8 @@ def from_config(section: Any) -> Sequence[Term]:
     """Builds the terms of a config's ``objective`` section, weights included.
 
     Each key of the section names a term; its ``term`` is the path of a term's constructor
-    (``train.terms.repa``) or of a pure loss (``losses.contrastive.nt_xent``), its ``weight`` a
-    number, the rest are arguments.
+    (``train.terms.repa``, ``train.stateful_terms.mochi``) or of a pure loss
+    (``losses.contrastive.nt_xent``), its ``weight`` a number, the rest are arguments.
     """
     terms = []
     for name, entry in section.items():
@@ -167,7 +192,7 @@ def from_config(section: Any) -> Sequence[Term]:
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise UserError(f"objective.{name}.weight must be a number, not {weight!r}.")
         constructor = resolve(path)
-        if not path.startswith("train.terms."):
+        if not path.startswith("train."):
             made = loss(constructor, name=name, **arguments)
         else:
             check_arguments(constructor, arguments, place=f"objective.{name}")
