@@ -4,10 +4,16 @@ Everything here casts its inputs to float32 (float64 stays float64) before it co
 bfloat16 model gets the same decisions as a float32 one.
 """
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.typing import Array, Bool, Float, Num, Shaped
+from repalign.typing import Array, Bool, Float, Num, PyTree, Shaped
+
+MATRIX_ENTRIES = 8192 * 8192
+"""The largest matrix over pairs of examples that is held at once: 256 MiB of float32."""
 
 
 def as_float(x: Shaped[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -60,6 +66,43 @@ def squared_distances(
         + jnp.sum(jnp.square(b), axis=1)[None, :]
     )
     return jnp.maximum(squared, 0.0)
+
+
+def map_row_blocks(
+    function: Callable[[PyTree], PyTree], rows: PyTree, *, columns: int, entries: int | None = None
+) -> PyTree:
+    """Applies a function of rows to blocks of them, so that no matrix of all pairs is held.
+
+    ``function`` maps arrays with a leading axis of rows to such arrays and treats each row alone;
+    it may build a matrix of its rows by ``columns``. Where all rows fit it is called once; else
+    block by block, and the backward pass computes each block again. A block takes every
+    ``blocks``-th row, so that rows which are split over devices stay where they are.
+
+    Args:
+        function: the function.
+        rows: a tree of arrays [rows, ...].
+        columns: the width of the matrix that one row needs.
+        entries: the largest matrix; `MATRIX_ENTRIES` by default.
+    """
+    entries = MATRIX_ENTRIES if entries is None else entries
+    size = jax.tree.leaves(rows)[0].shape[0]
+    blocks = -(-size * columns // entries)
+    if blocks <= 1 or size == 1:
+        return function(rows)
+    block = -(-size // min(blocks, size))
+    blocks = -(-size // block)
+
+    def split(array: Array) -> Array:
+        missing = block * blocks - size
+        # Copies of the last row keep the function's arithmetic in its domain.
+        padded = jnp.concatenate([array, jnp.repeat(array[-1:], missing, axis=0)])
+        return jnp.swapaxes(padded.reshape(block, blocks, *array.shape[1:]), 0, 1)
+
+    def join(array: Array) -> Array:
+        return jnp.swapaxes(array, 0, 1).reshape(block * blocks, *array.shape[2:])[:size]
+
+    mapped = lax.map(jax.checkpoint(function), jax.tree.map(split, rows))
+    return jax.tree.map(join, mapped)
 
 
 def masked_mean(

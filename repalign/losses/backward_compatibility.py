@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.numerics import as_float, cosine_similarity, inner_products
+from repalign.kernels.contrastive.api import log_sum_exp
+from repalign.numerics import as_float, cosine_similarity
 from repalign.registry import lookup
 from repalign.typing import Array, ArrayLike, Float, Integer, Num
 
@@ -51,8 +52,8 @@ def higher_order_compatibility(
 ) -> Float[Array, "batch"]:
     """``-mu <old_i, new_i> + log sum_{j: y_j != y_i} exp(mu <old_i, new_j>)`` per example.
 
-    Inputs are taken as they are (the paper's are unit-norm). The old side gets no gradient. All
-    N x N similarities are held.
+    Inputs are taken as they are (the paper's are unit-norm). The old side gets no gradient. The
+    sums are streamed for large batches as in ``losses.contrastive``.
 
     Args:
         same_class: ``excluded`` leaves examples of the same class out of the sum, as the paper's
@@ -66,12 +67,12 @@ def higher_order_compatibility(
     src/iamcl2r/methods/hoc.py:49-65.
     """
     zeroed = lookup({"excluded": False, "zeroed": True}, same_class, kind="same_class")
-    similarities = mu * inner_products(lax.stop_gradient(old), new)
-    positives = jnp.diagonal(similarities)
-    different = labels[:, None] != labels[None, :]
+    old, new = lax.stop_gradient(as_float(old)), as_float(new)
+    positives = mu * jnp.sum(old * new, axis=1)
+    negatives = log_sum_exp(old, new, scale=mu, exclude=(labels, labels))
+    in_order = jnp.sort(labels)
+    same = jnp.searchsorted(in_order, labels, side="right") - jnp.searchsorted(in_order, labels)
     if zeroed:
-        return jax.nn.logsumexp(jnp.where(different, similarities, 0.0), axis=1) - positives
-    any_different = jnp.any(different, axis=1)
-    allowed = different | ~any_different[:, None]
-    negatives = jax.nn.logsumexp(jnp.where(allowed, similarities, -jnp.inf), axis=1)
+        return jnp.logaddexp(negatives, jnp.log(same.astype(old.dtype))) - positives
+    any_different = same < labels.shape[0]
     return jnp.where(any_different, negatives, 0.0) - positives

@@ -9,9 +9,9 @@ from jax import lax
 
 from repalign.losses.batch_statistics import covariance, keep
 from repalign.losses.generative import gaussian_log_density
-from repalign.numerics import as_float
+from repalign.numerics import as_float, map_row_blocks
 from repalign.registry import lookup
-from repalign.typing import Array, ArrayLike, Bool, Float, Key, Num, Scalar
+from repalign.typing import Array, ArrayLike, Bool, Float, Integer, Key, Num, Scalar
 
 
 class KLDecomposition(NamedTuple):
@@ -23,22 +23,21 @@ class KLDecomposition(NamedTuple):
 
 
 def _log_importance_weights(
-    batch: int, dataset_size: int, sampling: str
-) -> Float[Array, "samples batch"]:
-    """Returns the log weight of posterior i in the estimate of q(z_j), [j, i]."""
+    rows: Integer[Array, "rows"], batch: int, dataset_size: int, sampling: str
+) -> Float[Array, "rows batch"]:
+    """Returns the log weight of posterior i in the estimate of q(z_j), [j, i], for some j."""
     if not lookup({"weighted": False, "stratified": True}, sampling, kind="sampling"):
-        return jnp.full((batch, batch), -math.log(batch * dataset_size))
+        return jnp.full((rows.shape[0], batch), -math.log(batch * dataset_size))
     if not 1 < batch <= dataset_size:
         raise ValueError(
             f"stratified sampling needs 2 <= batch <= dataset_size, got {batch} and {dataset_size}."
         )
     rest = batch - 1
     stratum = (dataset_size - rest) / (dataset_size * rest)
-    weights = jnp.full((batch, batch), 1.0 / rest)
-    weights = weights.at[jnp.arange(batch), jnp.arange(batch)].set(1.0 / dataset_size)
+    ahead = (jnp.arange(batch) - rows[:, None]) % batch
+    weights = jnp.where(ahead == 0, 1.0 / dataset_size, 1.0 / rest)
     # One other example of each row stands for all those outside the batch.
-    weights = weights.at[jnp.arange(batch), (jnp.arange(batch) + 1) % batch].set(stratum)
-    return jnp.log(weights)
+    return jnp.log(jnp.where(ahead == 1, stratum, weights))
 
 
 def decompose_kl(
@@ -54,7 +53,7 @@ def decompose_kl(
     With ``z_j ~ q(z|x_j)`` and ``log q(z_j) ~ log sum_i w_ji q(z_j|x_i)`` over the batch:
     ``log q(z|x) - log q(z)``, ``log q(z) - sum_d log q(z_d)``, ``sum_d log q(z_d) - log p(z_d)``.
     The loss is ``-log p(x|z) + mi + beta tc + kl``. One latent dimension at a time: no
-    [batch, batch, dim] array.
+    [batch, batch, dim] array, and large batches by blocks of rows (`numerics.map_row_blocks`).
 
     Args:
         dataset_size: number of training examples N.
@@ -72,23 +71,31 @@ def decompose_kl(
     are at the own posterior j and at (j + 1) mod M.
     """
     z, mean, log_variance = as_float(z), as_float(mean), as_float(log_variance)
-    log_weights = _log_importance_weights(z.shape[0], dataset_size, sampling)
+    batch = z.shape[0]
 
-    @jax.checkpoint
-    def add_dimension(joint, dimension):
-        samples, means, log_variances = dimension
-        pairs = gaussian_log_density(
-            jnp.broadcast_to(samples[:, None], joint.shape),
-            jnp.broadcast_to(means[None, :], joint.shape),
-            jnp.broadcast_to(log_variances[None, :], joint.shape),
+    def of_rows(rows):
+        some, numbers = rows
+        log_weights = _log_importance_weights(numbers, batch, dataset_size, sampling)
+
+        @jax.checkpoint
+        def add_dimension(joint, dimension):
+            samples, means, log_variances = dimension
+            pairs = gaussian_log_density(
+                jnp.broadcast_to(samples[:, None], joint.shape),
+                jnp.broadcast_to(means[None, :], joint.shape),
+                jnp.broadcast_to(log_variances[None, :], joint.shape),
+            )
+            return joint + pairs, jax.nn.logsumexp(log_weights + pairs, axis=1)
+
+        joint, log_marginals = lax.scan(
+            add_dimension, jnp.zeros_like(log_weights), (some.T, mean.T, log_variance.T)
         )
-        return joint + pairs, jax.nn.logsumexp(log_weights + pairs, axis=1)
+        return jax.nn.logsumexp(log_weights + joint, axis=1), jnp.sum(log_marginals, axis=0)
 
-    joint, log_marginals = lax.scan(
-        add_dimension, jnp.zeros_like(log_weights), (z.T, mean.T, log_variance.T)
+    # The backward pass of the scan holds a joint matrix for every dimension.
+    log_qz, log_qz_product = map_row_blocks(
+        of_rows, (z, jnp.arange(batch)), columns=batch * z.shape[1]
     )
-    log_qz = jax.nn.logsumexp(log_weights + joint, axis=1)
-    log_qz_product = jnp.sum(log_marginals, axis=0)
     log_qz_given_x = jnp.sum(gaussian_log_density(z, mean, log_variance), axis=1)
     zeros = jnp.zeros_like(z)
     log_prior = jnp.sum(gaussian_log_density(z, zeros, zeros), axis=1)

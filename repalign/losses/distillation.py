@@ -8,9 +8,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.losses.batch_statistics import token_mean
-from repalign.numerics import as_float, cosine_similarity, l2_normalize, squared_distances
+from repalign.numerics import (
+    as_float,
+    cosine_similarity,
+    inner_products,
+    l2_normalize,
+    map_row_blocks,
+    squared_distances,
+)
 from repalign.registry import lookup
-from repalign.typing import Array, ArrayLike, Bool, Float, Num
+from repalign.typing import Array, ArrayLike, Bool, Float, Integer, Num
 
 
 def _smooth_l1(difference: Float[Array, "*shape"], beta: ArrayLike) -> Float[Array, "*shape"]:
@@ -93,10 +100,12 @@ def knowledge_distillation(
     return temperature**2 * jnp.sum(divergence, axis=-1)
 
 
-def _distances(x: Float[Array, "batch dim"]) -> Float[Array, "batch batch"]:
-    """Returns Euclidean distances with a zero gradient where they vanish, 0 on the diagonal."""
-    squared = squared_distances(x, x)
-    apart = (squared > 1e-12) & ~jnp.eye(x.shape[0], dtype=bool)
+def _distances(
+    x: Float[Array, "batch dim"], rows: Integer[Array, "rows"]
+) -> Float[Array, "rows batch"]:
+    """Returns Euclidean distances with a zero gradient where they vanish, 0 to the row itself."""
+    squared = squared_distances(x[rows], x)
+    apart = (squared > 1e-12) & (rows[:, None] != jnp.arange(x.shape[0]))
     return jnp.where(apart, jnp.sqrt(jnp.where(apart, squared, 1.0)), 0.0)
 
 
@@ -106,20 +115,34 @@ def relational_distance(
     """RKD-D: smooth-L1 difference of normalised pairwise distances, averaged for each example.
 
     Distances are divided by the mean of the positive ones; the widths may differ. The mean of the
-    result is the official loss (all N^2 pairs, the diagonal included; they are held at once).
+    result is the official loss (all N^2 pairs, the diagonal included). Large batches go by blocks
+    of rows (`numerics.map_row_blocks`).
 
     Source: Park et al. (arXiv:1904.05068); lenscloth/RKD@0a6c3c0:metric/loss.py:136-148.
     """
 
-    def normalised(x):
-        distances = _distances(as_float(x))
-        count = jnp.maximum(jnp.sum(distances > 0), 1)
-        mean = jnp.sum(distances) / count
-        # All rows equal: every distance is 0 and stays so.
-        return distances / jnp.where(mean > 0, mean, 1.0)
+    student, teacher = as_float(student), lax.stop_gradient(as_float(teacher))
+    batch = student.shape[0]
+    numbers = jnp.arange(batch)
 
-    difference = normalised(student) - normalised(lax.stop_gradient(teacher))
-    return jnp.mean(_smooth_l1(difference, 1.0), axis=1)
+    def mean_distance(x):
+        def totals(rows):
+            distances = _distances(x, rows)
+            return jnp.sum(distances, axis=1), jnp.sum(distances > 0, axis=1, dtype=x.dtype)
+
+        sums, counts = map_row_blocks(totals, numbers, columns=batch)
+        mean = jnp.sum(sums) / jnp.maximum(jnp.sum(counts), 1.0)
+        # All rows equal: every distance is 0 and stays so.
+        return jnp.where(mean > 0, mean, 1.0)
+
+    student_mean, teacher_mean = mean_distance(student), mean_distance(teacher)
+
+    def differences(rows):
+        difference = _distances(student, rows) / student_mean
+        difference -= _distances(teacher, rows) / teacher_mean
+        return jnp.mean(_smooth_l1(difference, 1.0), axis=1)
+
+    return map_row_blocks(differences, numbers, columns=batch)
 
 
 def relational_angle(
@@ -127,21 +150,21 @@ def relational_angle(
 ) -> Float[Array, "batch"]:
     """RKD-A: smooth-L1 difference of the angles' cosines at each example, averaged over pairs.
 
-    At example i: ``cos`` between ``x_j - x_i`` and ``x_k - x_i`` for all j, k. One example at a
-    time, so the memory is quadratic in the batch, not cubic. The mean of the result is the
-    official loss.
+    At example i: ``cos`` between ``x_j - x_i`` and ``x_k - x_i`` for all j, k, one example at a
+    time, and for large batches by blocks of j. The mean of the result is the official loss.
 
     Source: Park et al. (arXiv:1904.05068); lenscloth/RKD@0a6c3c0:metric/loss.py:118-133.
     """
     student, teacher = as_float(student), lax.stop_gradient(as_float(teacher))
 
-    def cosines(x, vertex):
-        unit = l2_normalize(x - vertex)
-        return jnp.matmul(unit, unit.T, precision=lax.Precision.HIGHEST)
-
     def at_vertex(vertices):
-        difference = cosines(student, vertices[0]) - cosines(teacher, vertices[1])
-        return jnp.mean(_smooth_l1(difference, 1.0))
+        arms = l2_normalize(student - vertices[0]), l2_normalize(teacher - vertices[1])
+
+        def one_side(rows):
+            cosines = [inner_products(some, all_) for some, all_ in zip(rows, arms, strict=True)]
+            return jnp.mean(_smooth_l1(cosines[0] - cosines[1], 1.0), axis=1)
+
+        return jnp.mean(map_row_blocks(one_side, arms, columns=student.shape[0]))
 
     return lax.map(jax.checkpoint(at_vertex), (student, teacher))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.kernels.contrastive.api import log_sum_exp
-from repalign.numerics import l2_normalize, squared_distances
+from repalign.numerics import l2_normalize, map_row_blocks, squared_distances
 from repalign.typing import Array, ArrayLike, Float
 
 
@@ -102,7 +102,7 @@ def cacr(
     over its other views and ``n = softmax_j(-t- d(z, z_j-))`` over the other examples. The
     attraction is the mean over all V queries of an example; the repulsion is the mean over the
     pairs k < l of views, the query in view k and its negatives in view l. It may be negative. The
-    N x N distances of one pair of views are held at a time; there is no streamed form.
+    N x N distances of one pair of views are held at a time, for large batches a block of rows.
 
     Args:
         views: [N, V, D] with V >= 2.
@@ -140,10 +140,14 @@ def cacr(
 
     @jax.checkpoint
     def push(queries: Array, others: Array) -> Array:
-        distances = squared_distances(queries, others)
-        negative = ~jnp.eye(batch, dtype=bool)
-        weights = weigh(jax.nn.softmax(-negative_temperature * distances, axis=1, where=negative))
-        return jnp.sum(weights * distances, axis=1)
+        def of_rows(rows: tuple[Array, Array]) -> Array:
+            some, numbers = rows
+            distances = squared_distances(some, others)
+            negative = numbers[:, None] != jnp.arange(batch)
+            weights = jax.nn.softmax(-negative_temperature * distances, axis=1, where=negative)
+            return jnp.sum(weigh(weights) * distances, axis=1)
+
+        return map_row_blocks(of_rows, (queries, jnp.arange(batch)), columns=batch)
 
     pairs = list(itertools.combinations(range(count), 2))
     pushed = sum(push(views[:, i], views[:, j]) for i, j in pairs) / len(pairs)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.kernels.contrastive.api import log_sum_exp
-from repalign.numerics import as_float, inner_products, l2_normalize
+from repalign.numerics import as_float, inner_products, l2_normalize, map_row_blocks
 from repalign.registry import lookup
 from repalign.typing import Array, ArrayLike, Float, Key
 
@@ -69,7 +69,8 @@ def local_global_nce(
 
     ``s = c tanh(<g_i, l_jp> / (c sqrt(D)))``; per location p
     ``-log( e^{s_iip} / (e^{s_iip} + sum_{j != i, q} e^{s_ijq}) )``, averaged over p; at least 0.
-    All N x N x P scores are held. AMDIM sums it over pairs of scales and both directions.
+    The N x N P scores of large batches go by blocks of rows (`numerics.map_row_blocks`). AMDIM sums
+    it over pairs of scales and both directions.
 
     Args:
         summary: [N, D], global features of one view.
@@ -83,15 +84,23 @@ def local_global_nce(
     (NCE_MI_MULTI._model_scores).
     """
     batch, locations, dim = local.shape
-    raw = inner_products(summary, local.reshape(batch * locations, dim)) / dim**0.5
-    scores = score_clip * jnp.tanh(raw / score_clip).reshape(batch, batch, locations)
-    own = jnp.diagonal(scores, axis1=0, axis2=1).T
-    penalty = jnp.mean(jnp.square(raw), axis=1)
-    if batch == 1:
-        return LocalGlobalNCE(jnp.zeros_like(penalty), penalty)
-    others = ~jnp.eye(batch, dtype=bool)[:, :, None]
-    negative = jax.nn.logsumexp(scores, axis=(1, 2), where=others)
-    return LocalGlobalNCE(jnp.mean(jax.nn.softplus(negative[:, None] - own), axis=1), penalty)
+    all_local = local.reshape(batch * locations, dim)
+
+    def of_rows(rows: tuple[Array, Array, Array]) -> LocalGlobalNCE:
+        some, own_local, numbers = rows
+        raw = inner_products(some, all_local) / dim**0.5
+        penalty = jnp.mean(jnp.square(raw), axis=1)
+        if batch == 1:
+            return LocalGlobalNCE(jnp.zeros_like(penalty), penalty)
+        scores = score_clip * jnp.tanh(raw / score_clip)
+        own = jnp.einsum("nd,npd->np", some, own_local, precision=lax.Precision.HIGHEST)
+        own = score_clip * jnp.tanh(own / (score_clip * dim**0.5))
+        others = numbers[:, None] != jnp.repeat(jnp.arange(batch), locations)
+        negative = jax.nn.logsumexp(scores, axis=1, where=others)
+        return LocalGlobalNCE(jnp.mean(jax.nn.softplus(negative[:, None] - own), axis=1), penalty)
+
+    rows = (as_float(summary), as_float(local), jnp.arange(batch))
+    return map_row_blocks(of_rows, rows, columns=batch * locations)
 
 
 def patch_info_nce(

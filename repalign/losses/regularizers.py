@@ -5,12 +5,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.losses.batch_statistics import keep, smaller_gram
+from repalign.losses.uniformity import log_kernel_sums
 from repalign.numerics import (
     as_float,
     inner_products,
     l2_normalize,
     masked_mean,
-    squared_distances,
 )
 from repalign.typing import Array, ArrayLike, Bool, Float, Integer, Key, Num, Scalar
 
@@ -149,17 +149,16 @@ def dispersive(
     Features are flattened to D numbers per example and the mean runs over all N^2 pairs with
     i = j, so the loss is at least -log N.
 
-    All N x N distances are held. Source: Wang & He, Diffuse and Disperse (arXiv:2506.09027), the l2
-    InfoNCE variant. The division by D is the released code's (raywang4/DispLoss, ``disp_loss``),
-    which has no temperature; the paper's stands without that division.
+    The sum over pairs is streamed for large batches as in ``losses.contrastive``. Source: Wang &
+    He, Diffuse and Disperse (arXiv:2506.09027), the l2 InfoNCE variant. The division by D is the
+    released code's (raywang4/DispLoss, ``disp_loss``), which has no temperature; the paper's stands
+    without that division.
     """
     x = as_float(x).reshape(x.shape[0], -1)
-    x, _ = keep(x, where)
-    logits = -squared_distances(x, x) / (x.shape[1] * temperature)
-    # Rounding leaves the distance of a far-away point to itself above 0.
-    logits = jnp.where(jnp.eye(x.shape[0], dtype=bool), 0.0, logits)
-    pairs = jnp.ones_like(logits, dtype=bool) if where is None else where[:, None] & where[None, :]
-    # Without any pair every logit is that of identical rows, 0, and so is the loss.
-    pairs |= ~jnp.any(pairs)
-    total = jax.nn.logsumexp(jnp.where(pairs, logits, -jnp.inf), axis=None)
-    return total - jnp.log(jnp.sum(pairs))
+    others = log_kernel_sums(x, x, 1.0 / (x.shape[1] * temperature), where)
+    sums = jnp.logaddexp(others, 0.0)  # with the pair i = j, whose kernel is 1
+    used = jnp.ones(x.shape[0], bool) if where is None else where
+    some = jnp.any(used)
+    total = jax.nn.logsumexp(jnp.where(some, sums, 0.0), where=used | ~some)
+    pairs = jnp.square(jnp.sum(used).astype(x.dtype))
+    return jnp.where(some, total - jnp.log(jnp.where(some, pairs, 1.0)), 0.0)

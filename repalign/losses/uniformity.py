@@ -14,8 +14,11 @@ from repalign.numerics import as_float
 from repalign.typing import Array, ArrayLike, Bool, Float, Scalar
 
 
-def _log_kernel_sums(x: Array, y: Array, t: ArrayLike, where: Array | None) -> Array:
-    """Returns ``log sum_{j != i} exp(-t |x_i - y_j|^2)``, [N]; -inf where no j is left."""
+def log_kernel_sums(x: Array, y: Array, t: ArrayLike, where: Array | None) -> Array:
+    """Returns ``log sum_{j != i} exp(-t |x_i - y_j|^2)``, [N]; -inf where no j is left.
+
+    Rows outside ``where`` [N] count neither as i nor as j.
+    """
     x, y = zero_masked(as_float(x), where), zero_masked(as_float(y), where)
     # A common shift changes no distance, and keeps the digits of the expanded square.
     center = lax.stop_gradient(jnp.mean(y, axis=0))
@@ -72,7 +75,7 @@ def uniformity(
 
     Source: Wang & Isola 2020, L_uniform.
     """
-    return _log_mean(_log_kernel_sums(x, x, t, where), where)
+    return _log_mean(log_kernel_sums(x, x, t, where), where)
 
 
 def cross_uniformity(
@@ -88,7 +91,7 @@ def cross_uniformity(
 
     Source: Fahim et al. 2024 (contrastive gap), L_xunif.
     """
-    return _log_mean(_log_kernel_sums(a, b, t, where), where)
+    return _log_mean(log_kernel_sums(a, b, t, where), where)
 
 
 def kernel_joint_entropy(
@@ -118,7 +121,7 @@ def kernel_joint_entropy(
     joint = jnp.concatenate([as_float(common), as_float(salient)], axis=1)
     t = 0.5 / temperature
     # The own term is exactly 1; taken from the sum, it would drown the gradient of the others.
-    total = jnp.logaddexp(0.0, _log_kernel_sums(joint, joint, t, where))
+    total = jnp.logaddexp(0.0, log_kernel_sums(joint, joint, t, where))
     if where is None:
         return total - jnp.log(len(joint))
     return jnp.where(where, total - jnp.log(jnp.maximum(jnp.sum(where), 1)), 0.0)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import centered, covariance, keep, zero_masked
-from repalign.numerics import cosine_similarity, inner_products, masked_mean
+from repalign.losses.batch_statistics import centered, covariance, keep, smaller_gram, zero_masked
+from repalign.numerics import cosine_similarity, masked_mean
 from repalign.registry import lookup
 from repalign.typing import Array, ArrayLike, Bool, Float, Num, Scalar
 
@@ -47,11 +47,13 @@ def iterative_whiten(
     ``P <- (3 P - P^3 S) / 2``, is equal in exact arithmetic but unstable: in float32 it diverges
     after about ten iterations at a condition number of 25.
     """
-    x, _ = centered(x, where)
-    matrix = covariance(x, where)
+    x, count = centered(x, where)
+    # x f(x^T x) = f(x x^T) x for a polynomial f: the smaller of the two matrices does.
+    few_examples = x.shape[0] < x.shape[1]
+    matrix = smaller_gram(x) / jnp.maximum(count - 1.0, 1.0)
     trace = jnp.trace(matrix)
     inverse_trace = jnp.where(trace > 0, 1.0 / jnp.where(trace > 0, trace, 1.0), 0.0)
-    identity = jnp.eye(x.shape[1], dtype=x.dtype)
+    identity = jnp.eye(matrix.shape[0], dtype=x.dtype)
 
     def product(a, b):
         return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
@@ -62,7 +64,7 @@ def iterative_whiten(
         y, z = product(y, step), product(step, z)
     # The inner where keeps the derivative of sqrt finite for a constant batch.
     scale = jnp.where(trace > 0, jnp.sqrt(jnp.where(trace > 0, inverse_trace, 1.0)), 0.0)
-    return inner_products(x, z.T) * scale
+    return (product(z, x) if few_examples else product(x, z)) * scale
 
 
 def w_mse(
