@@ -48,3 +48,12 @@ def soft_assignment(
         )
 
     return lax.map(assign, z)
+
+
+def code_sums(z: jax.Array, segments: jax.Array, num_codes: int) -> jax.Array:
+    """Returns the sum of the vectors of every code, [num_codes, dim]."""
+
+    def of_code(code):
+        return jnp.sum(jnp.where((segments == code)[:, None], z, 0.0), axis=0)
+
+    return lax.map(of_code, jnp.arange(num_codes))

@@ -19,6 +19,7 @@ SPECS = {
     "maskgit_1k": Spec(_VECTORS, 1_024, 256, "euclidean"),
     "encodec_1k": Spec(_VECTORS, 1_024, 128, "euclidean"),
     "latent_diffusion_f4_8k": Spec(_VECTORS, 8_192, 3, "euclidean"),
+    "titok_4k": Spec(_VECTORS, 4_096, 12, "cosine"),
     "vit_vqgan_8k": Spec(_VECTORS, 8_192, 32, "cosine"),
     "vqgan_16k": Spec(_VECTORS, 16_384, 256, "euclidean"),
     "llamagen_16k": Spec(_VECTORS, 16_384, 8, "cosine"),
@@ -26,4 +27,5 @@ SPECS = {
     "dino_prototypes_65k": Spec(_VECTORS, 65_536, 256, "cosine"),
     "vqgan_8d_262k": Spec(_VECTORS, 262_144, 8, "euclidean"),
     "sim_vq_262k": Spec(_VECTORS, 262_144, 128, "euclidean"),
+    "ibq_262k": Spec(_VECTORS, 262_144, 256, "euclidean"),
 }

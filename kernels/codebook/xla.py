@@ -14,10 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# The scores of one chunk are 8 MiB in float32: the fastest, or within noise of it, at 8 to 256
-# dimensions on two AVX-512 cores.
-ROWS = 2048
-CODES = 1024
+from repalign.kernels.codebook.operands import EXCLUDED, Scored
+
+# The scores of one chunk are 1 MiB in float32, and so are still in the second-level cache of a core
+# when they are reduced: of 256 ... 4096 rows and 256 ... 2048 codes within 3 % of the least
+# processor time at 128 and 256 dimensions, and 40 % less than 8 MiB take at 8 (two AVX-512 cores).
+ROWS = 512
+CODES = 512
 # The lowest index that reaches the minimum is looked for in two levels, among CODES / GROUP minima
 # of groups and then among the GROUP scores of one. A variadic argmin costs 10 times the product.
 GROUP = 32
@@ -55,29 +58,19 @@ def _chunk_codes(codebook: jax.Array, offsets: jax.Array, padding: float) -> jax
     return extended.reshape(-1, size, extended.shape[1])
 
 
-def _score_operands(
-    z: jax.Array, codebook: jax.Array, distance: str
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns rows, chunked codes whose product ranks the codes, and which rows are finite.
+def _score_chunks(operands: Scored, precision: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns rows and chunked codes whose product is the score, and where each chunk starts.
 
-    The product is ``|c|^2 / 2 - <z, c>``, half the squared distance up to a constant of the row, or
-    ``-<z, c>`` for cosine: the bias rides along as one more dimension, so that nothing is added to
-    the product afterwards.
+    The bias rides along as one more dimension: nothing is added to the product afterwards.
     """
-    finite = jnp.all(jnp.isfinite(z), axis=1)
-    z = jnp.where(finite[:, None], z, 0.0)
-    usable = jnp.all(jnp.isfinite(codebook), axis=1)
-    codebook = jnp.where(usable[:, None], codebook, 0.0)
-    bias = jnp.zeros(codebook.shape[:1], codebook.dtype)
-    if distance == "euclidean":
-        # A common shift changes no distance, and the expanded form loses digits far from the
-        # origin.
-        center = jnp.sum(codebook, axis=0) / jnp.maximum(jnp.sum(usable), 1)
-        z = z - center
-        codebook = jnp.where(usable[:, None], codebook - center, 0.0)
-        bias = 0.5 * jnp.sum(jnp.square(codebook), axis=1)
-    rows = jnp.concatenate([-z, jnp.ones((z.shape[0], 1), z.dtype)], axis=1)
-    return rows, _chunk_codes(codebook, jnp.where(usable, bias, jnp.inf), jnp.inf), finite
+    vectors, codes = operands.vectors, operands.codes
+    if precision == "bfloat16":
+        vectors, codes = (
+            lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) for x in (vectors, codes)
+        )
+    rows = jnp.concatenate([-vectors, jnp.ones((vectors.shape[0], 1), vectors.dtype)], axis=1)
+    chunks = _chunk_codes(codes, operands.bias, EXCLUDED)
+    return rows, chunks, jnp.arange(chunks.shape[0], dtype=jnp.int32) * chunks.shape[1]
 
 
 def _first_minimum(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -96,12 +89,11 @@ def _first_minimum(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     return minimum, group * GROUP + first(winners)
 
 
-def nearest_codes(z: jax.Array, codebook: jax.Array, *, distance: str) -> jax.Array:
-    """See ``repalign.kernels.codebook.api.nearest_codes``."""
-    rows, chunks, finite = _score_operands(z, codebook, distance)
-    starts = jnp.arange(chunks.shape[0], dtype=jnp.int32) * chunks.shape[1]
+def nearest(operands: Scored, *, precision: str) -> tuple[jax.Array, jax.Array]:
+    """Returns the lowest score of every vector and the lowest index that has it, [vectors] each."""
+    rows, chunks, starts = _score_chunks(operands, precision)
 
-    def search(rows: jax.Array) -> jax.Array:
+    def search(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         columns = rows.T
 
         def step(carry, chunk):
@@ -118,18 +110,17 @@ def nearest_codes(z: jax.Array, codebook: jax.Array, *, distance: str) -> jax.Ar
             jnp.full(rows.shape[:1], jnp.inf, rows.dtype),
             jnp.zeros(rows.shape[:1], jnp.int32),
         )
-        return lax.scan(step, initial, (chunks, starts))[0][1]
+        return lax.scan(step, initial, (chunks, starts))[0]
 
-    return jnp.where(finite, _map_rows(search, rows), 0)
+    return _map_rows(search, rows)
 
 
-def top_k_codes(z: jax.Array, codebook: jax.Array, *, k: int, distance: str) -> jax.Array:
-    """See ``repalign.kernels.codebook.api.top_k_codes``."""
-    rows, chunks, finite = _score_operands(z, codebook, distance)
-    starts = jnp.arange(chunks.shape[0], dtype=jnp.int32) * chunks.shape[1]
+def top_k(operands: Scored, *, k: int, precision: str) -> tuple[jax.Array, jax.Array]:
+    """Returns the ``k`` lowest scores and their indices, [vectors, k] each, lowest first."""
+    rows, chunks, starts = _score_chunks(operands, precision)
     kept = min(k, chunks.shape[1])
 
-    def search(rows: jax.Array) -> jax.Array:
+    def search(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         def step(carry, chunk):
             codes, start = chunk
             scores, positions = lax.top_k(-_matmul(rows, codes.T), kept)
@@ -144,9 +135,10 @@ def top_k_codes(z: jax.Array, codebook: jax.Array, *, k: int, distance: str) -> 
             jnp.full(shape, -jnp.inf, rows.dtype),
             jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), shape),
         )
-        return lax.scan(step, initial, (chunks, starts))[0][1]
+        scores, indices = lax.scan(step, initial, (chunks, starts))[0]
+        return -scores, indices
 
-    return jnp.where(finite[:, None], _map_rows(search, rows), jnp.arange(k, dtype=jnp.int32))
+    return _map_rows(search, rows)
 
 
 def _logits(rows: jax.Array, chunk: jax.Array) -> jax.Array:
@@ -190,12 +182,30 @@ def soft_assignment(
     return _map_rows(assign, z)
 
 
+def mean_code(
+    z: jax.Array, codebook: jax.Array, log_weights: jax.Array, log_normalizer: jax.Array
+) -> jax.Array:
+    """Returns the mean code of ``soft_assignment``, given its normalizer."""
+    chunks = _soft_chunks(codebook, log_weights)
+    normalizer = log_normalizer + jnp.sum(jnp.square(z), axis=1)
+
+    def mean(rows: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def step(total, chunk):
+            weights = jnp.exp(_logits(rows[0], chunk) - rows[1][:, None])
+            return total + _matmul(weights, chunk[:, :-1]), None
+
+        return lax.scan(step, jnp.zeros_like(rows[0]), chunks)[0]
+
+    return _join_rows(lax.map(mean, (_split_rows(z), _split_rows(normalizer))), z.shape[0])
+
+
 def _soft_assignment_forward(z, codebook, log_weights):
     log_normalizer, mean = soft_assignment(z, codebook, log_weights)
     return (log_normalizer, mean), (z, codebook, log_weights, log_normalizer, mean)
 
 
-def _soft_assignment_backward(residuals, cotangents):
+def soft_assignment_backward(residuals, cotangents):
+    """Returns the gradients of ``soft_assignment`` from (z, codebook, log_weights, its results)."""
     z, codebook, log_weights, log_normalizer, mean = residuals
     d_normalizer, d_mean = cotangents
     chunks = _soft_chunks(codebook, log_weights)
@@ -242,4 +252,4 @@ def _soft_assignment_backward(residuals, cotangents):
     )
 
 
-soft_assignment.defvjp(_soft_assignment_forward, _soft_assignment_backward)
+soft_assignment.defvjp(_soft_assignment_forward, soft_assignment_backward)

@@ -1,21 +1,46 @@
 """Reductions over all pairs: the public functions and the choice of an implementation."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from repalign.kernels.contrastive import reference, xla
+from repalign.kernels.choice import Choice, check, is_hopper, present_device
+from repalign.kernels.contrastive import pallas_gpu, pallas_tpu, reference, streamed, xla
 from repalign.kernels.contrastive.reference import Ids
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "xla": xla,
+    "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
+}
 
 DENSE_ENTRIES = 8192 * 8192
 """The largest matrix of logits that is held in memory: 256 MiB of float32."""
 
 
-def choose(rows: int, columns: int) -> str:
-    """Returns the implementation that ``implementation=None`` stands for at these static shapes."""
-    return "reference" if rows * columns <= DENSE_ENTRIES else "xla"
+def choose(rows: int, columns: int, *, axis: str | tuple[str, ...] | None = None) -> Choice:
+    """Returns what ``implementation=None`` stands for at these static shapes, and why.
+
+    The shapes are those of one device's arrays inside ``jax.shard_map``, else of the whole ones.
+    """
+    device = present_device()
+    if axis is None and rows * columns <= DENSE_ENTRIES:
+        return Choice("reference", "the matrix of logits takes at most 256 MiB")
+    if xla.is_automatic():
+        return Choice("xla", "the mesh partitions arrays automatically, which no kernel allows")
+    if jax.config.jax_enable_x64:
+        return Choice("xla", "64-bit types are enabled, and the kernels compute in 32 bits")
+    if device.platform == "tpu":
+        return Choice("pallas_tpu", "logits stay in the TPU's VMEM")
+    if device.platform == "gpu" and is_hopper(device):
+        return Choice("pallas_gpu", "logits stay on the chip of a Hopper GPU")
+    if device.platform == "gpu":
+        return Choice("xla", f"the GPU kernel needs Hopper, and this is {device.device_kind}")
+    return Choice("xla", "the matrix of logits is too large to hold: blocks of it are computed")
 
 
 def log_sum_exp(
@@ -26,6 +51,7 @@ def log_sum_exp(
     exclude: Ids | None = None,
     include: Ids | None = None,
     where: Array | None = None,
+    axis: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
 ) -> Array:
     """Returns ``log sum_j exp(scale <a_i, b_j>)`` for every row i.
@@ -34,24 +60,33 @@ def log_sum_exp(
     and ``include[0][i] == include[1][j]``. A row with none gets -inf and a zero gradient.
 
     Args:
-        a: rows ``[M, D]``. Computed in float32 (float64 stays float64).
+        a: rows ``[M, D]``. Computed in float32 (float64 stays float64); the Pallas kernels multiply
+            bfloat16 inputs, and the weights of their gradients, in bfloat16 with sums in float32.
         b: columns ``[N, D]``.
         scale: a scalar, differentiable (an inverse temperature).
         exclude: integers ``([M], [N])``; equal ids take an entry out, e.g. a row's own column.
         include: integers ``([M], [N])``; only entries with equal ids count, e.g. cluster members.
         where: bool ``[N]``; columns to count.
-        implementation: ``"reference"`` (the whole matrix), ``"xla"`` (blocks; linear memory, first
-            derivatives in reverse mode only) or None, which is ``choose(M, N)``.
+        axis: inside ``jax.shard_map``, the mesh axis over which columns are split: ``b``, ``where``
+            and the second ids are then this device's part, and the sum runs over the parts of all
+            devices, which travel around a ring. Take gradients outside the ``shard_map`` (with
+            ``check_vma=False`` for Pallas), or sum those of the scale over the devices yourself.
+        implementation: ``"reference"`` (the whole matrix), ``"xla"`` (blocks), ``"pallas_tpu"``,
+            ``"pallas_gpu"`` (Hopper) or None, which is ``choose(M, N, axis=axis)``. All but the
+            first, and every ring, have linear memory and first derivatives in reverse mode only.
 
     Returns:
         ``[M]``.
 
     Raises:
-        ValueError: wrong shapes or an unknown implementation.
+        ValueError: wrong shapes, an unknown implementation, or one that cannot do what is asked.
     """
-    a, b, chosen = _check(a, b, where, implementation)
-    exclude, include = _replicate_columns(exclude), _replicate_columns(include)
-    return chosen.log_sum_exp(a, b, jnp.asarray(scale, a.dtype), exclude, include, where)
+    name = _check(a, b, where, axis, implementation)
+    scale = jnp.asarray(scale, _compute_dtype(a, b))
+    exclude, include = _replicate_columns(exclude, axis), _replicate_columns(include, axis)
+    if xla.is_explicit():
+        b, where = xla.replicate((b, where))
+    return _reduction(name, "log_sum_exp", axis)(a, b, scale, exclude, include, where)
 
 
 def sigmoid_loss(
@@ -62,6 +97,7 @@ def sigmoid_loss(
     bias: ArrayLike,
     positive: Ids,
     where: Array | None = None,
+    axis: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
 ) -> Array:
     """Returns ``sum_j softplus(-y_ij (scale <a_i, b_j> + bias))`` for every row i.
@@ -70,25 +106,40 @@ def sigmoid_loss(
     are those of ``log_sum_exp``, ``bias`` being a differentiable scalar.
 
     Raises:
-        ValueError: wrong shapes or an unknown implementation.
+        ValueError: wrong shapes, an unknown implementation, or one that cannot do what is asked.
     """
-    a, b, chosen = _check(a, b, where, implementation)
-    scale, bias = jnp.asarray(scale, a.dtype), jnp.asarray(bias, a.dtype)
-    return chosen.sigmoid_loss(a, b, scale, bias, _replicate_columns(positive), where)
+    name = _check(a, b, where, axis, implementation)
+    dtype = _compute_dtype(a, b)
+    scale, bias = jnp.asarray(scale, dtype), jnp.asarray(bias, dtype)
+    positive = _replicate_columns(positive, axis)
+    if xla.is_explicit():
+        b, where = xla.replicate((b, where))
+    return _reduction(name, "sigmoid_loss", axis)(a, b, scale, bias, positive, where)
 
 
-def _replicate_columns(ids: Ids | None) -> Ids | None:
+def _reduction(name: str, reduction: str, axis: str | tuple[str, ...] | None):
+    engine = IMPLEMENTATIONS[name]
+    if axis is not None:
+        return functools.partial(getattr(streamed, reduction), streamed.Ring(engine, axis))
+    if name == "reference":
+        return getattr(reference, reduction)
+    return functools.partial(getattr(streamed, reduction), engine)
+
+
+def _replicate_columns(ids: Ids | None, axis) -> Ids | None:
     """Has every device compute the column ids, which the partitioner would otherwise gather."""
-    return None if ids is None else (ids[0], xla.replicate(ids[1]))
+    return ids if ids is None or axis is not None else (ids[0], xla.replicate(ids[1]))
 
 
-def _check(a: Array, b: Array, where: Array | None, implementation: str | None):
+def _compute_dtype(a: Array, b: Array):
+    return jnp.float64 if jnp.float64 in (a.dtype, b.dtype) else jnp.float32
+
+
+def _check(a: Array, b: Array, where: Array | None, axis, implementation: str | None) -> str:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"expected [rows, dim] and [columns, dim], got {a.shape} and {b.shape}.")
     if where is not None and where.shape != b.shape[:1]:
         raise ValueError(f"`where` masks the {len(b)} columns, but has shape {where.shape}.")
-    name = choose(len(a), len(b)) if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {name!r}; valid: {', '.join(IMPLEMENTATIONS)}.")
-    dtype = jnp.float64 if jnp.float64 in (a.dtype, b.dtype) else jnp.float32
-    return a.astype(dtype), b.astype(dtype), IMPLEMENTATIONS[name]
+    if implementation is not None:
+        return check(implementation, IMPLEMENTATIONS)
+    return choose(len(a), len(b), axis=axis).implementation

@@ -14,9 +14,13 @@ def scores(queries: Array, database: Array, *, metric: str) -> Array:
     products = jnp.matmul(queries, database.T, precision=lax.Precision.HIGHEST)
     if metric == "inner_product":
         return products
-    query_norms = jnp.sum(jnp.square(queries), axis=1)[:, None]
-    database_norms = jnp.sum(jnp.square(database), axis=1)[None, :]
-    return jnp.minimum(2.0 * products - query_norms - database_norms, 0.0)
+    query_norms, database_norms = squared_norms(queries), squared_norms(database)
+    return jnp.minimum(2.0 * products - query_norms[:, None] - database_norms[None, :], 0.0)
+
+
+def squared_norms(points: Array) -> Array:
+    """Returns ``|x|^2`` of every row."""
+    return jnp.sum(jnp.square(points), axis=1)
 
 
 def centered(queries: Array, database: Array, *, metric: str) -> tuple[Array, Array]:

@@ -9,8 +9,9 @@ from jax import Array, lax
 
 from repalign.kernels.neighbors.reference import centered, scores
 
-QUERY_BLOCK = 1024
-DATABASE_BLOCK = 4096
+QUERY_BLOCK = 256
+DATABASE_BLOCK = 16384
+_CHUNK = 16
 
 
 @functools.partial(
@@ -28,14 +29,21 @@ def top_k(
 ) -> tuple[Array, Array]:
     """Returns (scores, indices), both ``[queries, k]``, nearest first; see ``api.top_k``.
 
-    The largest temporary is ``query_block * database_block`` scores, whatever the two counts are.
-    Each block's best k join the best k so far; the latter come first, and ``lax.top_k`` keeps the
-    earlier of equal values, so a tie goes to the lowest database index.
+    The largest temporary is ``query_block * database_block`` scores, whatever the two counts are
+    (blocks are made smaller where they would only hold padding).
+
+    A block's scores are cut into chunks. The best k so far compete with the chunks' largest scores,
+    and only the scores of chunks that win are looked at one by one: each of the new best k lies in
+    one of them. The best so far come first and chunks in order, and ``lax.top_k`` keeps the earlier
+    of equal values, so a tie goes to the lowest database index.
     """
     queries, database = centered(queries, database, metric=metric)
     query_count, database_count = queries.shape[0], database.shape[0]
-    query_block = min(query_block, query_count)
-    database_block = min(database_block, database_count)
+    query_block = _even(query_count, query_block)
+    database_block = _even(database_count, database_block)
+    # The winners' scores should be few beside the block's: at most a quarter.
+    chunk = min(_CHUNK, max(1, database_block // (4 * k)))
+    database_block += -database_block % chunk
     query_blocks = _blocks(queries, query_block)
     database_blocks = _blocks(database, database_block)
     query_starts = jnp.arange(query_blocks.shape[0]) * query_block
@@ -53,9 +61,12 @@ def top_k(
             if exclude_self:
                 absent = absent | (rows[:, None] == columns[None, :])
             new = jnp.where(absent, -jnp.inf, scores(block, points, metric=metric))
-            new_scores, new_positions = lax.top_k(new, min(k, database_block))
-            joined_scores = jnp.concatenate([best_scores, new_scores], axis=1)
-            joined_indices = jnp.concatenate([best_indices, columns[new_positions]], axis=1)
+            if chunk > 1:
+                new, columns = _winning_chunks(best_scores, new, columns, chunk)
+            else:
+                columns = jnp.broadcast_to(columns, new.shape)
+            joined_scores = jnp.concatenate([best_scores, new], axis=1)
+            joined_indices = jnp.concatenate([best_indices, columns], axis=1)
             kept_scores, kept = lax.top_k(joined_scores, k)
             return (kept_scores, jnp.take_along_axis(joined_indices, kept, axis=1)), None
 
@@ -72,6 +83,31 @@ def top_k(
         found_scores.reshape(-1, k)[:query_count],
         found_indices.reshape(-1, k)[:query_count],
     )
+
+
+def _winning_chunks(
+    best_scores: Array, new: Array, columns: Array, chunk: int
+) -> tuple[Array, Array]:
+    """Returns the scores of the k best chunks of ``new``, in order, and their columns.
+
+    A chunk that loses against ``best_scores [rows, k]`` gives -inf.
+    """
+    rows, k = best_scores.shape
+    cut = new.reshape(rows, -1, chunk)
+    count = cut.shape[1]
+    maxima = jnp.max(cut, axis=2)
+    _, places = lax.top_k(jnp.concatenate([best_scores, maxima], axis=1), k)
+    # The places of the best so far become a chunk after the last.
+    winners = jnp.sort(jnp.where(places < k, count, places - k), axis=1)
+    lost = winners == count
+    winners = jnp.minimum(winners, count - 1)
+    scores = jnp.where(lost[:, :, None], -jnp.inf, cut[jnp.arange(rows)[:, None], winners])
+    return scores.reshape(rows, -1), columns.reshape(-1, chunk)[winners].reshape(rows, -1)
+
+
+def _even(count: int, size: int) -> int:
+    """Returns the size of as many blocks as ``size`` gives, with the least padding."""
+    return math.ceil(count / math.ceil(count / size))
 
 
 def _blocks(points: Array, size: int) -> Array:

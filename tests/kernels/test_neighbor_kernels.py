@@ -45,6 +45,22 @@ def test_every_block_size_finds_the_reference_in_the_same_order(metric, exclude_
         assert not np.any(np.asarray(expected.indices) == np.arange(64)[:, None])
 
 
+@pytest.mark.parametrize("k", [1, 4])
+def test_chunks_that_win_hold_the_nearest_in_the_same_order(k):
+    database = integer_points(300, 3, seed=0)
+    expected = neighbors.top_k(database[:9], database, k=k, implementation="reference")
+    for database_block in (64, 100, 300):
+        _, indices = xla.top_k(
+            database[:9],
+            database,
+            k=k,
+            metric="inner_product",
+            exclude_self=False,
+            database_block=database_block,
+        )
+        np.testing.assert_array_equal(indices, expected.indices)
+
+
 def test_ties_go_to_the_lowest_index_across_blocks():
     database = jnp.zeros((30, 2))
     for implementation in ("reference", "xla"):
@@ -104,7 +120,7 @@ def test_bench_rows_agree_with_the_reference(monkeypatch):
     shape = specs.Shape(20, 50, 4, 3, "euclidean")
     monkeypatch.setitem(specs.SHAPES, "tiny", shape)
     rows = bench.run(["tiny"], repeats=2)
-    assert {"reference", "xla", "scikit-learn"} <= {row["implementation"] for row in rows}
+    assert {"reference", "xla", "sklearn"} <= {row["implementation"] for row in rows}
     for row in rows:
         assert row["agreement"] == 1.0
         assert row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
@@ -118,7 +134,7 @@ def test_mistakes_are_named():
         neighbors.top_k(points[:4], points, k=2, exclude_self=True)
     with pytest.raises(ValueError, match="inner_product, euclidean"):
         neighbors.top_k(points, points, k=2, metric="cosine")
-    with pytest.raises(ValueError, match="reference, xla"):
-        neighbors.top_k(points, points, k=2, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="valid: reference, xla, pallas_tpu, pallas_gpu"):
+        neighbors.top_k(points, points, k=2, implementation="cuda")
     with pytest.raises(ValueError, match=r"\(5, 2\) and \(5, 1\)"):
         neighbors.top_k(points, points[:, :1], k=2)
