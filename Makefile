@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint unit table tune mesh newest clean
+.PHONY: demo docs test lint unit table tune mesh processes newest clean
 
 demo: $(VENV)/installed  ## The REPA table at a quick setting: three rows, three seeds, real images.
 	$(BIN)/repalign reproduce repa --jobs 2 --workdir workdirs/demo --rows baseline,repa,random_teacher \
@@ -21,6 +21,9 @@ tune: $(VENV)/installed  ## The learning-rate search of the REPA table: the same
 	  --config.optimizer.learning_rate=$$1 --config.total_steps=1200 --config.evaluation.every=600 \
 	  --config.checkpoint_every=0 > workdirs/tune/$$0-$$1.json'
 
+docs: $(VENV)/installed-test  ## The page of all losses, from their docstrings.
+	$(BIN)/repalign list losses --costs docs/losses/cost.json > docs/losses/README.md
+
 test: lint unit
 
 lint: $(VENV)/installed-test
@@ -33,6 +36,9 @@ unit: $(VENV)/installed-test
 
 mesh: $(VENV)/installed-test  ## The sharded tests on eight simulated devices.
 	$(BIN)/python -m pytest -q -k "sharded or mesh"
+
+processes: $(VENV)/installed-test  ## Four real processes, one of them killed, two that continue.
+	$(BIN)/python -m pytest -q -m processes
 
 newest: ## The quick tests on the newest Python found, in an environment of its own.
 	./.ci/newest

@@ -50,8 +50,8 @@ class TrainingBatches:
     """Shuffled batches of constant size, epoch after epoch; a remainder of an epoch is dropped.
 
     Batch ``step`` is examples ``(step % steps_per_epoch) * batch_size ...`` of the permutation of
-    epoch ``step // steps_per_epoch``. Process ``shard_index`` gets its slice of that same global
-    batch, so the shards side by side are the batch of a single process.
+    epoch ``step // steps_per_epoch``. A process that needs only some ``rows`` makes only those of
+    that same global batch, which therefore does not depend on the number of processes.
 
     Attributes:
         source: where the examples come from.
@@ -60,11 +60,13 @@ class TrainingBatches:
         replicas: the orders of several replicas. Every column then has shape
             ``[len(replicas), batch, ...]``, and row ``r`` is what ``seed=replicas[r]`` gives.
         total_steps: the number of batches; ``None`` does not end.
-        shard_index, shard_count: this process and the number of processes.
+        rows: the rows of a global batch that are made, in this order; ``None`` is all of them (see
+            `repalign.parallel.distributed.local_rows`).
 
     Raises:
-        UserError: the batch is larger than the source or not divisible by ``shard_count``, or not
-            exactly one of ``seed`` and ``replicas`` is given.
+        UserError: the batch is larger than the source, or not exactly one of ``seed`` and
+            ``replicas`` is given.
+        ValueError: a row that the batch does not have.
     """
 
     source: Source
@@ -72,8 +74,7 @@ class TrainingBatches:
     seed: int | None = None
     replicas: tuple[int, ...] | None = None
     total_steps: int | None = None
-    shard_index: int = 0
-    shard_count: int = 1
+    rows: Int[np.ndarray, " rows"] | None = None
 
     def __post_init__(self) -> None:
         if (self.seed is None) == (self.replicas is None) or self.replicas == ():
@@ -83,7 +84,7 @@ class TrainingBatches:
                 f"batch_size={self.batch_size} must be between 1 and the {len(self.source)} "
                 "examples of the source."
             )
-        _check_shard(self.batch_size, self.shard_index, self.shard_count)
+        _check_rows(self.rows, self.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -107,11 +108,11 @@ class TrainingBatches:
         }
 
     def indices(self, step: int, seed: int) -> Int[np.ndarray, " batch"]:
-        """Returns the indices in the source of this shard's part of batch ``step``."""
+        """Returns the indices in the source of the ``rows`` of batch ``step``."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        local = self.batch_size // self.shard_count
-        start = position * self.batch_size + self.shard_index * local
-        return self._epoch_order(seed, epoch, len(self.source))[start : start + local]
+        start = position * self.batch_size
+        whole = self._epoch_order(seed, epoch, len(self.source))[start : start + self.batch_size]
+        return whole if self.rows is None else whole[self.rows]
 
     def __len__(self) -> int:
         return sys.maxsize if self.total_steps is None else self.total_steps
@@ -128,30 +129,29 @@ class TrainingBatches:
 class EvaluationBatches:
     """Every example once, in order, with a boolean column ``mask`` that is False in the padding.
 
-    All batches have the same shape: the last one, and the shards of it, are filled with copies of
+    All batches have the same shape: the last one, and the parts of it, are filled with copies of
     the last example, which the mask excludes.
 
     Attributes:
         source: where the examples come from.
         batch_size: examples per global batch.
-        shard_index, shard_count: this process and the number of processes.
+        rows: the rows of a global batch that are made; ``None`` is all of them.
 
     Raises:
-        UserError: the source is empty or has a column ``mask``, or the batch is not divisible by
-            ``shard_count``.
+        UserError: the source is empty or has a column ``mask``.
+        ValueError: a row that the batch does not have.
     """
 
     source: Source
     batch_size: int
-    shard_index: int = 0
-    shard_count: int = 1
+    rows: Int[np.ndarray, " rows"] | None = None
 
     def __post_init__(self) -> None:
         if "mask" in self.source.columns or not len(self.source):
             raise UserError("evaluation needs a non-empty source without a column named 'mask'.")
         if self.batch_size < 1:
             raise UserError(f"batch_size={self.batch_size} must be at least 1.")
-        _check_shard(self.batch_size, self.shard_index, self.shard_count)
+        _check_rows(self.rows, self.batch_size)
 
     @property
     def order(self) -> State:
@@ -161,17 +161,15 @@ class EvaluationBatches:
         return -(-len(self.source) // self.batch_size)
 
     def __getitem__(self, step: int) -> Record:
-        local = self.batch_size // self.shard_count
-        positions = step * self.batch_size + self.shard_index * local + np.arange(local)
+        rows = np.arange(self.batch_size) if self.rows is None else self.rows
+        positions = step * self.batch_size + rows
         batch = self.source.gather(np.minimum(positions, len(self.source) - 1))
         return {**batch, "mask": positions < len(self.source)}
 
 
-def _check_shard(batch_size: int, shard_index: int, shard_count: int) -> None:
-    if not 0 <= shard_index < shard_count:
-        raise UserError(f"shard_index={shard_index} is not one of {shard_count} shards.")
-    if batch_size % shard_count:
-        raise UserError(f"batch_size={batch_size} cannot be split over {shard_count} processes.")
+def _check_rows(rows: Int[np.ndarray, " rows"] | None, batch_size: int) -> None:
+    if rows is not None and (not len(rows) or rows.min() < 0 or rows.max() >= batch_size):
+        raise ValueError(f"rows {rows} are not rows of a batch of {batch_size}.")
 
 
 class Loader:
@@ -234,15 +232,22 @@ class DeviceLoader:
     Args:
         loader: the host batches of this process.
         sharding: where global arrays lie; ``None`` is the default device. With more processes than
-            one, each gives its own part of the global batch.
+            one, each gives the rows of the global batch that its own devices need.
+        batch_axis: which axis of every column counts the examples (1 if replicas come first).
         ahead: how many batches are on device before they are asked for (2 is double buffering).
     """
 
     def __init__(
-        self, loader: Loader, *, sharding: jax.sharding.Sharding | None = None, ahead: int = 2
+        self,
+        loader: Loader,
+        *,
+        sharding: jax.sharding.Sharding | None = None,
+        batch_axis: int = 0,
+        ahead: int = 2,
     ):
         self._loader = loader
         self._sharding = sharding
+        self._batch_axis = batch_axis
         self._ahead = ahead
         self._waiting: collections.deque[tuple[State, dict[str, jax.Array]]] = collections.deque()
 
@@ -251,10 +256,16 @@ class DeviceLoader:
             return jax.device_put(batch)
         if jax.process_count() == 1:
             return jax.device_put(batch, self._sharding)
+        batch_size = self._loader.get_state()["batch_size"]
         return {
-            name: jax.make_array_from_process_local_data(self._sharding, column)
+            name: jax.make_array_from_process_local_data(
+                self._sharding, column, self._global_shape(column.shape, batch_size)
+            )
             for name, column in batch.items()
         }
+
+    def _global_shape(self, local: tuple[int, ...], batch_size: int) -> tuple[int, ...]:
+        return (*local[: self._batch_axis], batch_size, *local[self._batch_axis + 1 :])
 
     def _fill(self) -> None:
         while len(self._waiting) < self._ahead:

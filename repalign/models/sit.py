@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from repalign.models.layout import split_examples, take_rows
 from repalign.models.position import sincos_2d, sinusoid
 from repalign.models.transformer import (
     Attention,
@@ -60,6 +61,7 @@ class SiTBlock(nn.Module):
             dtype=self.dtype,
             name="modulation",
         )(nn.silu(conditioning))
+        modulation = split_examples(modulation)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(modulation, 6, axis=-1)
         attention = Attention(self.heads, qk_norm=self.qk_norm, dtype=self.dtype, name="attention")
         x = x + gate[:, None] * attention(modulated_norm(x, shift, scale))
@@ -132,19 +134,21 @@ class SiT(nn.Module):
         small = {"kernel_init": nn.initializers.normal(0.02), "dtype": self.dtype}
         conditioning = sinusoid(t, _FREQUENCIES)
         conditioning = nn.silu(nn.Dense(self.width, name="time_1", **small)(conditioning))
-        conditioning = nn.Dense(self.width, name="time_2", **small)(conditioning)
+        conditioning = split_examples(conditioning, hidden=True)
+        conditioning = split_examples(nn.Dense(self.width, name="time_2", **small)(conditioning))
         if self.classes:
             if y is None:
                 raise ValueError(
                     "this SiT has classes: pass labels y (the null label is `classes`)."
                 )
-            conditioning = conditioning + nn.Embed(
+            labels = nn.Embed(
                 self.classes + 1,
                 self.width,
                 embedding_init=nn.initializers.normal(0.02),
-                dtype=self.dtype,
                 name="label_embedding",
-            )(y)
+            )
+            label = take_rows(labels.embedding.astype(self.dtype), y)
+            conditioning = conditioning + split_examples(label)
 
         tokens, taps = Blocks(
             functools.partial(SiTBlock, self.heads, self.mlp_ratio, self.qk_norm, dtype=self.dtype),
@@ -159,6 +163,7 @@ class SiT(nn.Module):
         modulation = nn.Dense(2 * self.width, name="final_modulation", **zeros)(
             nn.silu(conditioning)
         )
+        modulation = split_examples(modulation)
         tokens = modulated_norm(tokens, *jnp.split(modulation, 2, axis=-1))
         values = nn.Dense(self.patch_size**2 * self.channels, name="final", **zeros)(tokens)
         out = unpatchify(values, self.patch_size, (side, side)).astype(x.dtype)

@@ -4,15 +4,17 @@ import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from repalign.models.layout import STACK, gather_parameters, split_examples
 from repalign.numerics import as_float
 from repalign.registry import lookup
-from repalign.typing import Array, Float, PyTree
+from repalign.typing import Array, Float, PyTree, Shaped
 
 DataFormat = Literal["NHWC", "NCHW"]
 
@@ -44,8 +46,11 @@ def patchify(
     batch, height, width, channels = x.shape
     if height % patch or width % patch:
         raise ValueError(f"an image of {height}x{width} cannot be cut into patches of {patch}.")
+    # One axis at a time: on an explicit mesh no reshape may cut or join two.
+    x = x.reshape(batch, height // patch, patch, width, channels)
     x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch, patch, channels)
+    return x.reshape(batch, -1, patch * patch * channels)
 
 
 def unpatchify(
@@ -54,8 +59,10 @@ def unpatchify(
     """The inverse of :func:`patchify`."""
     batch, _, values = tokens.shape
     rows, columns = grid
-    x = tokens.reshape(batch, rows, columns, patch, patch, values // patch**2)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * patch, columns * patch, -1)
+    x = tokens.reshape(batch, rows, columns, values)
+    x = x.reshape(batch, rows, columns, patch, patch, values // patch**2)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * patch, columns, patch, -1)
+    return x.reshape(batch, rows * patch, columns * patch, -1)
 
 
 def to_nhwc(x: Float[Array, "..."], data_format: DataFormat) -> Float[Array, "..."]:
@@ -112,8 +119,29 @@ def dot_product_attention(
     return (out / total).astype(value.dtype)
 
 
+def heads_first(
+    fused: Shaped[Array | np.ndarray, "*shape out"], *, heads: int
+) -> Shaped[Array | np.ndarray, "*shape out"]:
+    """Reorders a query-key-value projection's outputs from the published order to ours.
+
+    The last axis goes from (query-key-value, head, dim) to (head, query-key-value, dim).
+    """
+    return einops.rearrange(fused, "... (qkv heads dim) -> ... (heads qkv dim)", qkv=3, heads=heads)
+
+
+def heads_second(
+    fused: Shaped[Array | np.ndarray, "*shape out"], *, heads: int
+) -> Shaped[Array | np.ndarray, "*shape out"]:
+    """The inverse of :func:`heads_first`."""
+    return einops.rearrange(fused, "... (heads qkv dim) -> ... (qkv heads dim)", qkv=3, heads=heads)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused query-key-value projection.
+
+    The projection's outputs are ordered (head, query-key-value, dim), so that a device that holds
+    some of the columns holds whole heads. Published weights are ordered (query-key-value, head,
+    dim): see :func:`heads_first`.
 
     ``qk_norm`` normalises every head's queries and keys by a LayerNorm with scale and bias and
     epsilon 1e-5, as timm's ``Attention(qk_norm=True)`` does (its default ``nn.LayerNorm``).
@@ -131,13 +159,15 @@ class Attention(nn.Module):
             raise ValueError(f"a width of {width} cannot be split over {self.heads} heads.")
         dense = {"kernel_init": xavier, "dtype": self.dtype}
         qkv = nn.Dense(3 * width, use_bias=self.qkv_bias, name="qkv", **dense)(x)
-        qkv = qkv.reshape(batch, tokens, 3, self.heads, width // self.heads)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        qkv = split_examples(qkv, hidden=True)
+        qkv = qkv.reshape(batch, tokens, self.heads, 3, width // self.heads)
+        query, key, value = qkv[:, :, :, 0], qkv[:, :, :, 1], qkv[:, :, :, 2]
         if self.qk_norm:
             query = LayerNorm(1e-5, self.dtype, name="q_norm")(query)
             key = LayerNorm(1e-5, self.dtype, name="k_norm")(key)
         out = dot_product_attention(query, key, value).reshape(batch, tokens, width)
-        return nn.Dense(width, name="proj", **dense)(out)
+        out = split_examples(out, hidden=True)
+        return split_examples(nn.Dense(width, name="proj", **dense)(out))
 
 
 class Mlp(nn.Module):
@@ -152,10 +182,12 @@ class Mlp(nn.Module):
         dense = {"kernel_init": xavier, "dtype": self.dtype}
         # Tokens in one row axis: XLA's CPU backend takes three times as long for the gradient of
         # activation and product over two leading axes.
-        rows = x.reshape(-1, x.shape[-1])
+        rows = split_examples(x.reshape(-1, x.shape[-1]))
         hidden = nn.Dense(int(self.ratio * x.shape[-1]), name="fc1", **dense)(rows)
         activation = lookup(ACTIVATIONS, self.activation, kind="activation")
-        return nn.Dense(x.shape[-1], name="fc2", **dense)(activation(hidden)).reshape(x.shape)
+        hidden = split_examples(hidden, hidden=True)
+        out = nn.Dense(x.shape[-1], name="fc2", **dense)(activation(hidden))
+        return split_examples(out).reshape(x.shape)
 
 
 class Blocks(nn.Module):
@@ -189,8 +221,11 @@ class Blocks(nn.Module):
         def init(key: Array) -> PyTree:
             return block.init(key, x, *conditioning)["params"]
 
+        x = split_examples(x)
+
         def run(x: Array, params: PyTree) -> Array:
-            return block.apply({"params": params}, x, *conditioning)
+            out = block.apply({"params": gather_parameters(params)}, x, *conditioning)
+            return split_examples(out)
 
         if self.remat is not None:
             policy = lookup(REMAT_POLICIES, self.remat, kind="rematerialisation policy")
@@ -205,7 +240,7 @@ class Blocks(nn.Module):
             return x, taps
 
         stacked = self._parameters(
-            "layers", lambda key: jax.vmap(init)(jax.random.split(key, self.depth))
+            STACK, lambda key: jax.vmap(init)(jax.random.split(key, self.depth))
         )
         ends = sorted({*self.taps, self.depth})
         for start, end in zip([0, *ends[:-1]], ends, strict=True):
@@ -225,12 +260,12 @@ class Blocks(nn.Module):
 def stack_blocks(params: PyTree) -> PyTree:
     """Turns the parameters of :class:`Blocks` with ``scan=False`` into those with ``scan=True``."""
     blocks = [params[f"block_{number}"] for number in range(1, len(params) + 1)]
-    return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+    return {STACK: jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
 
 
 def unstack_blocks(params: PyTree) -> PyTree:
     """Turns the parameters of :class:`Blocks` with ``scan=True`` into those with ``scan=False``."""
-    layers = params["layers"]
+    layers = params[STACK]
     depth = jax.tree.leaves(layers)[0].shape[0]
     return {
         f"block_{number + 1}": jax.tree.map(lambda leaf, number=number: leaf[number], layers)

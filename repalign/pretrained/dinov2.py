@@ -18,7 +18,7 @@ from flax import traverse_util
 from jaxtyping import Shaped
 
 from repalign.models.position import bicubic_matrix
-from repalign.models.transformer import stack_blocks, unstack_blocks
+from repalign.models.transformer import heads_first, heads_second, stack_blocks, unstack_blocks
 from repalign.models.vit import ENCODERS, ViT
 from repalign.pretrained.torch_file import read_torch_state_dict
 from repalign.registry import UserError, lookup
@@ -182,6 +182,8 @@ def from_official(weights: StateDict, model: ViT) -> PyTree:
             value = value.T
         elif value.ndim == 3:
             value = value[0]
+        if path[-2:-1] == ("qkv",):
+            value = heads_first(value, heads=model.heads)
         values[path] = value
     unrolled = jax.eval_shape(lambda params: _unrolled(params, model), _shapes(model))
     expected = traverse_util.flatten_dict(unrolled)
@@ -205,6 +207,8 @@ def to_official(params: PyTree, model: ViT) -> dict[str, Shaped[np.ndarray, "...
     weights = {_MASK_TOKEN: np.zeros((1, model.width), np.float32)}
     for name, path in _official_paths(model).items():
         value = np.asarray(values[path])
+        if path[-2:-1] == ("qkv",):
+            value = heads_second(value, heads=model.heads)
         if name == "patch_embed.proj.weight":
             patch = (model.patch_size, model.patch_size, -1, model.width)
             value = value.reshape(patch).transpose(3, 2, 0, 1)

@@ -12,7 +12,7 @@ from flax import traverse_util
 from repalign.models.heads import Projector
 from repalign.models.position import sincos_2d
 from repalign.models.sit import SiT
-from repalign.models.transformer import DataFormat
+from repalign.models.transformer import DataFormat, heads_first
 from repalign.typing import Array, Float, Integer, PyTree
 
 
@@ -101,6 +101,8 @@ def from_official_repa(
             value = value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
         elif path[-1] == "kernel":
             value = value.T
+        if path[-2] == "qkv":
+            value = heads_first(value, heads=sit.heads)
         values[path] = jnp.asarray(value)
     _check_shapes(names, values, module)
     return module, {"params": traverse_util.unflatten_dict(values)}

@@ -1,8 +1,9 @@
 """Checkpoints of a run: orbax's CheckpointManager, wrapped in this one file.
 
-A checkpoint holds the state (without ``frozen``) and the position of the data iterator. It is
-restored into an abstract state that carries target shardings, so the mesh may differ from the one
-that wrote it.
+A checkpoint holds the state (without ``frozen``) and the position of the data iterator, which does
+not depend on the number of processes. It is restored into an abstract state that carries target
+shardings, so the mesh and the number of processes may differ from those that wrote it. Among
+several processes all call every method here; each writes the parts that lie on its devices.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from repalign.registry import UserError
@@ -17,14 +19,45 @@ from repalign.train.state import TrainState
 from repalign.typing import PyTree
 
 
-class Checkpoints:
-    """The checkpoints below one directory; a context manager that waits for writes at its end."""
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but it does not ask JAX about preemption.
 
-    def __init__(self, directory: pathlib.Path, *, keep: int = 2) -> None:
+    It would from its own thread with steps gone by, and JAX's answer goes by the last number asked.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+class Checkpoints:
+    """The checkpoints below one directory; a context manager that waits for writes at its end.
+
+    Args:
+        directory: one that all processes see.
+        keep: how many of the newest are kept.
+        alone: this process reads and writes them by itself, whatever others there are; among
+            several, process 0 is the only one that can write.
+
+    Raises:
+        UserError: the directory cannot be made.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, keep: int = 2, alone: bool = False) -> None:
+        several = ocp.options.MultiprocessingOptions()
+        self._own_copy = alone and jax.process_count() > 1
+        if self._own_copy:
+            own = jax.process_index()
+            several = ocp.options.MultiprocessingOptions(
+                primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"alone_{own}"
+            )
         try:
-            self._manager = ocp.CheckpointManager(
+            if self._own_copy:  # Orbax makes no directory on behalf of a part of the processes.
+                directory.mkdir(parents=True, exist_ok=True)
+            self._manager = _Manager(
                 directory.absolute(),
-                options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, create=not self._own_copy, multiprocessing_options=several
+                ),
             )
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {directory}: {error}") from error
@@ -41,8 +74,11 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, iterator: dict[str, Any]) -> None:
         """Writes a checkpoint in the background; the state may be donated after the call."""
+        saved = _saved(state)
+        if self._own_copy:  # Orbax takes no array of one process's devices among several.
+            saved = jax.tree.map(np.asarray, saved)
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(_saved(state)), iterator=ocp.args.JsonSave(iterator)
+            state=ocp.args.StandardSave(saved), iterator=ocp.args.JsonSave(iterator)
         )
         self._manager.save(step, args=arguments)
 

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from repalign.data import pipeline
-from repalign.parallel.mesh import batch_sharding, check_batch, make_mesh, state_shardings
+from repalign.parallel import distributed
+from repalign.parallel.audit import check_replication
+from repalign.parallel.mesh import (
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    state_shardings,
+)
+from repalign.parallel.rules import ShardingRules
 from repalign.registry import UserError
 from repalign.train import config as configs
 from repalign.train.checkpoint import Checkpoints
@@ -73,48 +82,64 @@ def train(
     final_evaluators: Mapping[str, Evaluator] | None = None,
     on_evaluation: OnEvaluation | None = None,
     title: str = "train",
+    alone: bool = False,
 ) -> TrainResult:
     """Runs an experiment to its last step, resuming from the newest checkpoint in ``workdir``.
+
+    Among several processes (see `repalign.parallel.distributed`) all of them call this with the
+    same arguments and a ``workdir`` that all see; process 0 evaluates and writes the numbers. On
+    SIGTERM the run ends after a whole step that all processes agree on, with a checkpoint of it.
 
     Args:
         experiment: what to run.
         source: the data (see `Experiment.source`).
         workdir: gets ``config.json``, ``metrics.jsonl`` and ``checkpoints/``.
         evaluators: by name; each maps the state of one replica and a key to an `EvaluationResult`.
-            No two may give a metric of the same name.
+            No two may give a metric of the same name. Only those of process 0 are called.
         final_evaluators: the same, for the last step only.
         on_evaluation: called with (step, seed, metrics, arrays) after each evaluation of a replica.
         title: what the progress report calls the run.
+        alone: this process trains by itself on its own devices, whatever others there are (an
+            encoder that a run needs; among several, process 0 trains it).
 
     Raises:
         UserError: the directory cannot be written or belongs to another config.
         TrainingDiverged: a loss is not finite; says at which step and in which term.
+        Preempted: SIGTERM came; the same call continues.
     """
     config = experiment.config
-    claim_directory(workdir, experiment)
+    claim_directory(workdir, experiment, alone=alone)
+    writes = alone or distributed.is_primary()
     total_steps = config.steps(len(source))
     replicated = config.replicas > 1
-    mesh = make_mesh(config.mesh)
-    check_batch(config.data.batch_size, mesh)
-    frozen = load_frozen(experiment.forward, mesh)
+    mesh = make_mesh(config.mesh, jax.local_devices() if alone else None)
+    rules = config.mesh.sharding_rules()
+    check_batch(config.data.batch_size, mesh, accumulate_steps=config.optimizer.accumulate_steps)
+    frozen = load_frozen(experiment.forward, mesh, rules)
+    sharding = batch_sharding(mesh, replicas=replicated)
+    axis = 1 if replicated else 0
     batches = pipeline.TrainingBatches(
         source,
         config.data.batch_size,
         seed=None if replicated else config.seeds[0],
         replicas=config.seeds if replicated else None,
+        rows=distributed.local_rows(sharding, config.data.batch_size, axis=axis),
     )
-    sharding = batch_sharding(mesh, replicas=replicated)
     with (
-        pipeline.DeviceLoader(pipeline.Loader(batches), sharding=sharding) as loader,
+        pipeline.DeviceLoader(
+            pipeline.Loader(batches), sharding=sharding, batch_axis=axis
+        ) as loader,
         jax.set_mesh(mesh),
-        Checkpoints(workdir / "checkpoints") as checkpoints,
-        MetricsWriter(workdir) as writer,
+        Checkpoints(workdir / "checkpoints", alone=alone) as checkpoints,
+        MetricsWriter(workdir if writes else None) as writer,
+        distributed.PreemptionWatch(alone=alone) as preemption,
     ):
         init = initializer(experiment, total_steps)
         keys = run_keys(config.seeds)
         spec = batch_spec(experiment, source.columns)
         abstract = jax.eval_shape(init, keys, spec)
-        shardings = state_shardings(abstract, mesh, replicas=replicated)
+        shardings = state_shardings(abstract, mesh, replicas=replicated, rules=rules)
+        check_replication(abstract.params, shardings.params, replicas=replicated, rules=rules)
         if checkpoints.latest_step() is None:
             state = jax.jit(init, out_shardings=shardings)(keys, zeros(spec))
         else:
@@ -129,6 +154,8 @@ def train(
             loader.set_state(position)
         state = dataclasses.replace(state, frozen=frozen)
         compiled = compile_step(experiment, total_steps, state, as_specs(spec, sharding))
+        if not alone:  # The first step waits for the slowest to compile: that is no step time.
+            distributed.meet("compiled")
         loop = _Loop(
             config=config,
             total_steps=total_steps,
@@ -140,6 +167,8 @@ def train(
             final_evaluators=final_evaluators or {},
             on_evaluation=on_evaluation,
             title=title,
+            preemption=preemption,
+            writes=writes,
         )
         state, metrics = loop.run(state)
     return TrainResult(
@@ -170,12 +199,18 @@ def initializer(experiment: Experiment, total_steps: int) -> Callable[[Any, Any]
 
 
 def compile_step(experiment: Experiment, total_steps: int, state: TrainState, batch: PyTree) -> Any:
-    """Returns the compiled train step for a state and a batch (arrays or shapes), state donated."""
+    """Returns the compiled train step for a state and a batch (arrays or shapes), state donated.
+
+    The new state lies as the old one does: left to itself, the compiler would spread out arrays
+    that were copied, and copy others.
+    """
     step = experiment.step(total_steps)
     if experiment.config.replicas > 1:
         axes = jax.tree.map(lambda leaf: 0, dataclasses.replace(state, frozen=None))
         step = jax.vmap(step, in_axes=(axes, 0), out_axes=(axes, 0))
-    return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+    return step.lower(state, batch).compile()
 
 
 def abstract_state(experiment: Experiment, total_steps: int, spec: PyTree) -> TrainState:
@@ -186,13 +221,12 @@ def abstract_state(experiment: Experiment, total_steps: int, spec: PyTree) -> Tr
     return state if frozen is None else dataclasses.replace(state, frozen=frozen.shapes())
 
 
-def load_frozen(forward: Forward, mesh: jax.sharding.Mesh) -> PyTree:
+def load_frozen(forward: Forward, mesh: jax.sharding.Mesh, rules: ShardingRules) -> PyTree:
     """Returns the frozen parameters of a forward pass on the mesh, one copy for all replicas."""
     if forward.frozen is None:
         return None
-    return jax.device_put(
-        forward.frozen.load(), state_shardings(forward.frozen.shapes(), mesh, replicas=False)
-    )
+    shardings = state_shardings(forward.frozen.shapes(), mesh, replicas=False, rules=rules)
+    return jax.device_put(forward.frozen.load(), shardings)
 
 
 def batch_spec(experiment: Experiment, columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,9 +259,12 @@ def run_keys(seeds: Sequence[int]) -> jax.Array:
 
 
 def params_sha256(params: PyTree) -> str:
-    """Returns the SHA-256 over the bytes of the parameter leaves, in tree order."""
+    """Returns the SHA-256 over the bytes of the parameter leaves, in tree order.
+
+    Among several processes all have to call it.
+    """
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
+    for leaf in jax.tree.leaves(distributed.to_host(params)):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
 
@@ -255,6 +292,8 @@ class _Loop:
     final_evaluators: Mapping[str, Evaluator]
     on_evaluation: OnEvaluation | None
     title: str
+    preemption: distributed.PreemptionWatch
+    writes: bool
     seconds: float = 0.0
     timed_steps: int = 0
 
@@ -269,7 +308,9 @@ class _Loop:
         start = int(np.max(jax.device_get(state.step)))
         metrics: dict[str, Any] = self.writer.read(start)
         pending: list[Mapping[str, jax.Array]] = []
-        with ProgressReport(self.title, self.total_steps, start=start) as progress:
+        with ProgressReport(
+            self.title, self.total_steps, start=start, shown=self.writes
+        ) as progress:
             begun = time.perf_counter()
             for step in range(start + 1, self.total_steps + 1):
                 state, output = self.step(state, next(self.loader))
@@ -277,7 +318,8 @@ class _Loop:
                 last = step == self.total_steps
                 evaluate = last or _due(step, config.evaluation.every)
                 save = last or _due(step, config.checkpoint_every)
-                if not (last or evaluate or save or _due(step, config.log_every)):
+                stop = self.preemption.reached() and not last
+                if not (last or evaluate or save or stop or _due(step, config.log_every)):
                     continue
                 metrics = self._check_finite(step, pending)
                 self.seconds += time.perf_counter() - begun
@@ -286,8 +328,16 @@ class _Loop:
                 rate = self.images_per_second
                 self.writer.write(step, {**metrics, "images_per_second": rate})
                 progress.update(step, loss=float(np.mean(metrics["loss"])), images_per_second=rate)
+                if stop:  # There may be little time left: save before evaluating.
+                    self.checkpoints.save(step, state, self.loader.get_state())
+                    self.checkpoints.wait()
                 if evaluate:
                     metrics |= self._evaluate(step, state, last=last)
+                if stop:
+                    raise distributed.Preempted(
+                        f"SIGTERM: stopped after step {step} of {self.total_steps} with a "
+                        "checkpoint of it; the same command continues from there."
+                    )
                 if save:
                     self.checkpoints.save(step, state, self.loader.get_state())
                 begun = time.perf_counter()
@@ -316,10 +366,25 @@ class _Loop:
         return dict(fetched[-1])
 
     def _evaluate(self, step: int, state: TrainState, *, last: bool) -> dict[str, Any]:
-        """Evaluates every replica; returns the metrics with one value a replica."""
+        """Evaluates every replica; returns the metrics with one value a replica.
+
+        Among several processes, one evaluates a copy of the state, without the optimizer's, on its
+        own devices.
+        """
         evaluators = [*self.evaluators.values(), *(self.final_evaluators.values() if last else ())]
         if not evaluators:
             return {}
+        if state.step.is_fully_addressable:
+            return self._evaluate_replicas(step, state, evaluators)
+        state = distributed.to_host(dataclasses.replace(state, optimizer=None))
+        if not self.writes:
+            return {}
+        with jax.set_mesh(make_mesh(MeshConfig(), jax.local_devices())):
+            return self._evaluate_replicas(step, jax.device_put(state), evaluators)
+
+    def _evaluate_replicas(
+        self, step: int, state: TrainState, evaluators: Sequence[Evaluator]
+    ) -> dict[str, Any]:
         collected: list[dict[str, float]] = []
         for replica, seed in enumerate(self.config.seeds):
             one = select_replica(state, replica, replicated=self.config.replicas > 1)
@@ -353,28 +418,36 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def claim_directory(workdir: pathlib.Path, experiment: Experiment) -> None:
+def claim_directory(workdir: pathlib.Path, experiment: Experiment, *, alone: bool = False) -> None:
     """Writes the config to a new directory; refuses one that holds a run of another config.
 
+    The mesh may be another one: it changes where a run computes, not what.
+
     A run that ended before it wrote a number (missing data, a batch that does not fit) leaves its
-    directory free: the mistake can be put right in place.
+    directory free: the mistake can be put right in place. Among several processes that do not run
+    alone, process 0 writes.
     """
     text = configs.as_json(experiment.raw)
     path, numbers = workdir / "config.json", workdir / "metrics.jsonl"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not path.exists() or not numbers.exists() or not numbers.stat().st_size:
-            path.write_text(text + "\n")
+            if alone or distributed.is_primary():
+                path.write_text(text + "\n")
             return
         written = path.read_text()
     except OSError as error:
         raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}.") from error
-    if json.loads(written) != json.loads(text):
-        changed = _differences(json.loads(written), json.loads(text))
+    changed = _differences(_without_mesh(written), _without_mesh(text))
+    if changed:
         raise UserError(
             f"{workdir} holds a run of another config ({'; '.join(changed[:3])}). "
             "Use another --workdir, or the config that it was started with."
         )
+
+
+def _without_mesh(text: str) -> dict[str, Any]:
+    return {name: section for name, section in json.loads(text).items() if name != "mesh"}
 
 
 def _differences(old: Any, new: Any, place: str = "config") -> list[str]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import sys
 import time
@@ -16,13 +17,24 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class MetricsWriter:
     """Appends one JSON object a line to ``metrics.jsonl``; with tensorboardX, event files as well.
 
-    A metric of several replicas is written as a list.
+    A metric of several replicas is written as a list. A line that a killed run left unfinished is
+    removed.
+
+    Args:
+        directory: where; None writes nothing (a process whose numbers another one writes).
     """
 
-    def __init__(self, directory: pathlib.Path) -> None:
+    def __init__(self, directory: pathlib.Path | None) -> None:
+        self._events = self._path = None
+        self._file: TextIO | None = None
+        if directory is None:
+            return
         self._path = directory / "metrics.jsonl"
-        self._file: TextIO = self._path.open("a", buffering=1)
-        self._events = None
+        if self._path.exists():
+            whole = self._path.read_bytes().rfind(b"\n") + 1
+            if whole < self._path.stat().st_size:
+                os.truncate(self._path, whole)
+        self._file = self._path.open("a", buffering=1)
         if importlib.util.find_spec("tensorboardX") is not None:
             from tensorboardX import SummaryWriter
 
@@ -32,13 +44,16 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
     def read(self, step: int) -> dict[str, Any]:
         """Returns what was written for a step, by this run or an earlier part of it."""
         found: dict[str, Any] = {}
+        if self._path is None:
+            return found
         for line in self._path.read_text().splitlines():
             entry = json.loads(line)
             if entry.pop("step") == step:
@@ -47,6 +62,8 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Writes named scalars (or arrays of replicas) of one step."""
+        if self._file is None:
+            return
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._events is not None:
@@ -56,16 +73,26 @@ class MetricsWriter:
 
 
 class ProgressReport:
-    """Tells a person how far a run is: a bar on a terminal, a plain line now and then elsewhere."""
+    """Tells a person how far a run is: a bar on a terminal, a plain line now and then elsewhere.
+
+    With ``shown=False`` it says nothing: another process tells the same.
+    """
 
     def __init__(
-        self, title: str, total: int, *, start: int = 0, seconds_between_lines: float = 20
+        self,
+        title: str,
+        total: int,
+        *,
+        start: int = 0,
+        seconds_between_lines: float = 20,
+        shown: bool = True,
     ):
+        self._shown = shown
         self._title, self._total, self._start = title, total, start
         self._between, self._begun, self._printed = seconds_between_lines, time.monotonic(), 0.0
         console = Console(stderr=True)
         self._bar = None
-        if console.is_terminal and not console.is_dumb_terminal:
+        if shown and console.is_terminal and not console.is_dumb_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -89,6 +116,8 @@ class ProgressReport:
         note = f"loss {loss:.4g}  {images_per_second:,.0f} images/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=note)
+            return
+        if not self._shown:
             return
         now = time.monotonic()
         if now - self._printed < self._between and step < self._total:

@@ -57,34 +57,34 @@ def test_resume_in_another_order_is_refused():
         second.set_state(state)
 
 
-def test_shards_are_slices_of_the_same_global_batch():
+def test_rows_are_rows_of_the_same_global_batch():
     whole = TrainingBatches(SOURCE, batch_size=6, seed=0)
-    parts = [
-        TrainingBatches(SOURCE, batch_size=6, seed=0, shard_index=shard, shard_count=3)
-        for shard in range(3)
-    ]
-    for step in (0, 2, 5):
-        joined = np.concatenate([part[step]["index"] for part in parts])
-        np.testing.assert_array_equal(joined, whole[step]["index"])
+    for rows in ([0, 1], [2, 3, 4, 5], [0, 1, 4, 5], [5]):
+        part = TrainingBatches(SOURCE, batch_size=6, seed=0, rows=np.array(rows))
+        assert part.order == whole.order
+        for step in (0, 2, 5):
+            np.testing.assert_array_equal(part[step]["index"], whole[step]["index"][rows])
 
 
 def test_replica_sees_what_a_run_with_its_seed_sees():
-    stacked = TrainingBatches(SOURCE, batch_size=4, replicas=(7, 9), shard_index=1, shard_count=2)
+    rows = np.array([2, 3])
+    stacked = TrainingBatches(SOURCE, batch_size=4, replicas=(7, 9), rows=rows)
     batch = stacked[11]
     assert batch["image"].shape == (2, 2, 2, 2, 1)
     for row, seed in zip(batch["index"], (7, 9), strict=True):
-        alone = TrainingBatches(SOURCE, batch_size=4, seed=seed, shard_index=1, shard_count=2)
+        alone = TrainingBatches(SOURCE, batch_size=4, seed=seed, rows=rows)
         np.testing.assert_array_equal(row, alone[11]["index"])
 
 
 def test_evaluation_covers_every_example_once():
-    for shard_count in (1, 2):
+    for parts in ([None], [np.arange(3), np.arange(3, 8)]):
         seen = []
-        for shard in range(shard_count):
-            batches = EvaluationBatches(SOURCE, 8, shard_index=shard, shard_count=shard_count)
+        for rows in parts:
+            batches = EvaluationBatches(SOURCE, 8, rows=rows)
+            size = 8 if rows is None else len(rows)
             with Loader(batches) as loader:
                 for batch in loader:
-                    assert batch["index"].shape == batch["mask"].shape == (8 // shard_count,)
+                    assert batch["index"].shape == batch["mask"].shape == (size,)
                     seen += batch["index"][batch["mask"]].tolist()
         assert sorted(seen) == list(range(23))
 
@@ -140,10 +140,14 @@ def test_next_costs_little():
         ({"batch_size": 24, "seed": 0}, "between 1 and the 23"),
         ({"batch_size": 4}, "either a seed or"),
         ({"batch_size": 4, "seed": 0, "replicas": (1,)}, "either a seed or"),
-        ({"batch_size": 4, "seed": 0, "shard_count": 3}, "cannot be split over 3"),
-        ({"batch_size": 4, "seed": 0, "shard_index": 2, "shard_count": 2}, "not one of 2 shards"),
     ],
 )
 def test_mistakes_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
         TrainingBatches(SOURCE, **arguments)
+
+
+@pytest.mark.parametrize("rows", [[], [4], [-1, 0]])
+def test_rows_that_the_batch_does_not_have_are_refused(rows):
+    with pytest.raises(ValueError, match="are not rows of a batch of 4"):
+        TrainingBatches(SOURCE, batch_size=4, seed=0, rows=np.array(rows, int))

@@ -4,6 +4,7 @@ The devices have to exist before JAX starts, so that measurement runs in one pro
 (this file as a script), which prints one JSON document.
 """
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -17,6 +18,7 @@ import simulated_devices
 
 from repalign.parallel.mesh import (
     MeshConfig,
+    arrange,
     batch_sharding,
     check_batch,
     make_mesh,
@@ -33,11 +35,12 @@ TESTS = pathlib.Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("fields", "devices", "sizes"),
     [
-        ({}, 8, (8, 1, 1)),
-        ({"fsdp": 4}, 8, (2, 4, 1)),
-        ({"fsdp": 2, "tensor": 2}, 8, (2, 2, 2)),
-        ({"data": 2, "fsdp": 4}, 8, (2, 4, 1)),
-        ({}, 1, (1, 1, 1)),
+        ({}, 8, (1, 8, 1, 1)),
+        ({"fsdp": 4}, 8, (1, 2, 4, 1)),
+        ({"fsdp": 2, "tensor": 2}, 8, (1, 2, 2, 2)),
+        ({"data": 2, "fsdp": 4}, 8, (1, 2, 4, 1)),
+        ({"replica": 2, "tensor": 2}, 8, (2, 2, 1, 2)),
+        ({}, 1, (1, 1, 1, 1)),
     ],
 )
 def test_sizes_use_every_device(fields, devices, sizes):
@@ -49,7 +52,8 @@ def test_sizes_use_every_device(fields, devices, sizes):
     [
         ({"fsdp": 3}, 8, "does not use all 8 devices; the product must be 8"),
         ({"data": 2}, 8, "data=2, fsdp=1, tensor=1 does not use all 8 devices"),
-        ({"fsdp": 16}, 8, r"data=-1 with fsdp \* tensor a divisor of 8"),
+        ({"fsdp": 16}, 8, r"data=-1 with replica \* fsdp \* tensor a divisor of 8"),
+        ({"replica": 3}, 8, "mesh replica=3, data=-1, fsdp=1, tensor=1 does not use all 8"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_an_error(fields, devices, message):
@@ -57,7 +61,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_an_error(fields, devices, messa
         MeshConfig(**fields).sizes(devices)
 
 
-@pytest.mark.parametrize("fields", [{"data": 0}, {"data": -2}, {"fsdp": 0}, {"tensor": -1}])
+@pytest.mark.parametrize("fields", [{"data": 0}, {"data": -2}, {"fsdp": 0}, {"replica": -1}])
 def test_sizes_that_no_mesh_has_are_errors(fields):
     with pytest.raises(UserError, match="mesh sizes must be positive"):
         MeshConfig(**fields)
@@ -65,9 +69,31 @@ def test_sizes_that_no_mesh_has_are_errors(fields):
 
 def test_a_mesh_of_one_device_copies_everything():
     mesh = make_mesh(MeshConfig())
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(mesh.shape) == {"replica": 1, "data": 1, "fsdp": 1, "tensor": 1}
     large = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
     assert state_shardings(large, mesh, replicas=False).spec == jax.P()
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+    """What `jax.experimental.mesh_utils` asks of a device that belongs to a slice."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    device_kind: str = "simulated"
+    platform: str = "simulated"
+
+
+def test_slices_lie_along_the_axis_of_replicas():
+    # JAX numbers devices by process, and the slices of one job may alternate.
+    devices = [SliceDevice(id=number, slice_index=number % 2) for number in range(8)]
+    array = arrange(devices, (2, 2, 2, 1))
+    assert array.shape == (2, 2, 2, 1)
+    for number in (0, 1):
+        assert {device.slice_index for device in array[number].flat} == {number}
+    with pytest.raises(UserError, match=r"form 2 slices: mesh\.replica must be 2, not 1"):
+        arrange(devices, (1, 4, 2, 1))
 
 
 def tiny_config():
@@ -119,6 +145,10 @@ def measure():
     report["loss"] = float(result.metrics["loss"])
     report["norm"] = float(jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in leaves)))
     report["split"] = sum(not leaf.sharding.is_fully_replicated for leaf in leaves)
+    try:
+        check_batch(16, mesh, accumulate_steps=3)
+    except UserError as error:
+        report["microbatch_error"] = str(error)
     return report
 
 
@@ -152,10 +182,12 @@ def test_the_axis_of_replicas_is_never_split(report):
 
 
 def test_a_batch_is_split_over_data_and_fsdp(report):
-    assert report["batch"] == [["data", "fsdp"]]
-    assert report["replica_batch"] == [None, ["data", "fsdp"]]
+    assert report["batch"] == [["replica", "data", "fsdp"]]
+    assert report["replica_batch"] == [None, ["replica", "data", "fsdp"]]
     assert "batch_size 12 does not divide over the 8 devices" in report["batch_error"]
     assert "8 or 16 would" in report["batch_error"]
+    assert "optimizer.accumulate_steps=3 microbatches and the 8" in report["microbatch_error"]
+    assert "; 24 would" in report["microbatch_error"]
 
 
 def test_a_sharded_run_gives_the_numbers_of_one_device(report, tmp_path):
