@@ -251,14 +251,17 @@ def _array(hint: Any, batch: int) -> Any:
     if hasattr(hint, "dim_str"):
         shape: tuple[int, ...] = ()
         for axis in hint.dim_str.split():
-            known = (batch,) if axis in ("batch", "images", "texts") else _AXES.get(axis)
-            if axis.isdigit():
-                known = (int(axis),)
-            if known is None:
+            if axis in ("batch", "images", "texts"):
+                shape += (batch,)
+            elif axis.isdigit():
+                shape += (int(axis),)
+            elif axis in _AXES:
+                shape += _AXES[axis]
+            else:
                 return None
-            shape += known
         kinds = {"Float": jnp.float32, "Num": jnp.float32, "Bool": jnp.bool_}
-        return jax.ShapeDtypeStruct(shape, kinds.get(hint.__name__.split("[")[0], jnp.int32))
+        kind = hint.__name__.split("[")[0]
+        return jax.ShapeDtypeStruct(shape, kinds[kind] if kind in kinds else jnp.int32)
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is collections.abc.Sequence:
         one = _array(inner[0], batch)

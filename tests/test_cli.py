@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import pathlib
@@ -9,9 +10,12 @@ import pytest
 import tiny_experiment
 
 from repalign import cli
+from repalign.parallel.distributed import PreemptionWatch
 
 FILE = tiny_experiment.__file__
 TRAIN = ("train", "--config", f"{FILE}:fast", "--workdir")
+LOCAL = ("launch", "local", "--config", f"{FILE}:fast")
+POD = ("launch", "gke", "--config", "repa:imagenet256_xl2", "--workdir", "gs://bucket/x")
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +126,44 @@ MISTAKES = {
     "nothing to list": (("list",), "expected 1 argument(s), got []. Usage: repalign list"),
     "unknown family": (("papers", "--family", "algnment"), "algnment"),
     "unknown benchmark": (("bench", "codebok"), "Did you mean 'codebook'"),
+    "unknown launcher": (
+        ("launch", "slrum", "--config", "repa", "--workdir", "{tmp}"),
+        "unknown launcher 'slrum'. Did you mean 'slurm'",
+    ),
+    "no coordinator": (
+        (*TRAIN, "{tmp}", "--processes=4", "--process_id=0"),
+        "--processes and --process_id need --coordinator HOST:PORT",
+    ),
+    "no process id": (
+        (*TRAIN, "{tmp}", "--coordinator=127.0.0.1:4321", "--processes=4"),
+        "--coordinator=127.0.0.1:4321 also needs --processes (how many there are) and --process_id",
+    ),
+    "no number of processes": ((*LOCAL, "--workdir", "{tmp}"), "--processes is missing"),
+    "processes that do not divide the batch": (
+        (*LOCAL, "--workdir", "{tmp}", "--processes=3"),
+        "data.batch_size 16 does not divide over the 3 devices of mesh axes",
+    ),
+    "processes that do not fit the mesh": (
+        (*LOCAL, "--workdir", "{tmp}", "--processes=2", "--config.mesh.fsdp=4"),
+        "does not use all 2 devices",
+    ),
+    "impossible port": (
+        (*LOCAL, "--workdir", "{tmp}", "--processes=2", "--port=70000"),
+        "--port=70000: process 0 cannot listen there",
+    ),
+    "no topology": (
+        ("launch", "gke", "--config", "repa", "--workdir", "gs://bucket/x"),
+        "--topology is missing",
+    ),
+    "unknown topology": (
+        (*POD, "--topology=v5e:16x15", "--image=i"),
+        "'16x15' is no topology of v5e. Did you mean 'v5e:16x16'",
+    ),
+    "GPUs on GKE": ((*POD, "--topology=h100:8", "--image=i"), "gke runs TPUs, such as v5e:16x16"),
+    "a batch that does not divide over the pod": (
+        (*POD, "--topology=v5e:16x16", "--image=i", "--config.data.batch_size=200"),
+        "data.batch_size 200 does not divide over the 256 devices",
+    ),
 }
 
 
@@ -143,6 +185,44 @@ def test_a_mistake_exits_2_and_says_what_and_how_to_put_it_right(call, tmp_path,
     status, out, err = call(*(one.replace("{tmp}", str(tmp_path)) for one in arguments))
     assert (status, out) == (2, "")
     assert message in err and err.startswith("repalign: ") and "Traceback" not in err
+
+
+def test_a_preempted_run_exits_75_and_the_same_command_continues(call, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        steps = itertools.count(1)
+        patched.setattr(PreemptionWatch, "reached", lambda self: next(steps) == 3)
+        status, out, err = call(*TRAIN, tmp_path)
+    assert (status, out) == (75, "")
+    assert "repalign: SIGTERM: stopped after step 3 of 6 with a checkpoint of it; the same" in err
+    status, out, _ = call(*TRAIN, tmp_path, "--format=json")
+    assert status == 0 and json.loads(out)["step"] == 6
+
+
+def test_launch_prints_or_writes_a_job_file(call, tmp_path):
+    arguments = (*POD, "--topology=v5e:4x4", "--image=i", "--noplan", "--config.data.batch_size=16")
+    status, printed, err = call(*arguments, "--dry_run")
+    assert (status, err) == (0, "") and "kind: JobSet" in printed
+    assert "- --config.data.batch_size=16\n" in printed
+    path = tmp_path / "job.yaml"
+    status, out, _ = call(*arguments, "--out", path)
+    assert status == 0 and out == f"Written: {path}. To start the run: kubectl apply -f {path}\n"
+    assert path.read_text() == printed
+    assert call(*arguments, "--out", path, "--format=json")[1] == (
+        json.dumps({"file": str(path), "submit": f"kubectl apply -f {path}"}) + "\n"
+    )
+    status, _, err = call(*arguments, "--out", tmp_path / "gone" / "job.yaml")
+    assert status == 2 and "--out: cannot write" in err
+
+
+def test_bench_input_shows_what_data_and_step_take(call):
+    arguments = ("bench", "input", "--config", f"{FILE}:fast", "--format=json")
+    status, out, _ = call(*arguments)
+    rows = {row["part"]: row for row in json.loads(out)}
+    assert status == 0 and list(rows) == ["host", "device", "step"]
+    for row in rows.values():
+        assert row["images_per_second"] == pytest.approx(16e3 / row["ms_per_batch"])
+        ratio = rows["step"]["ms_per_batch"] / row["ms_per_batch"]
+        assert row["times_the_step"] == pytest.approx(ratio)
 
 
 def test_a_run_that_diverges_exits_1_and_says_where(call, tmp_path):

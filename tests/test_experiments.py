@@ -21,7 +21,14 @@ SMALL = [f"{key}:{variant}" for key, variant in VARIANTS if not variant.startswi
 FULL_SCALE = [f"{key}:{variant}" for key, variant in VARIANTS if variant.startswith("imagenet")]
 BATCH = 4
 # The step of the others differs from one of these in a number or in the block that is read.
-RUN = ["classifier:fashion_mnist", "simclr:fashion_mnist", "repa:repa"]
+RUN = [
+    "classifier:fashion_mnist",
+    "simclr:fashion_mnist",
+    "simclr:fashion_mnist_resnet",
+    "repa:repa",
+    "mae:fashion_mnist",
+    "vq_vae:vq_ema",
+]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ Pytest puts this folder on the path, so that configs reach it as ``tiny_experime
 """
 
 import functools
+import time
 
 import jax
 import numpy as np
@@ -35,6 +36,19 @@ def poisoned_images(*, examples: int = 64) -> ArraySource:
     poison = np.ones(examples, np.float32)
     poison[POISON] = np.nan
     return images(examples=examples).with_columns(**{"poison/value": poison})
+
+
+class SlowSource(ArraySource):
+    """A source that takes its time, so that a test can meet a run in the middle."""
+
+    def gather(self, indices):
+        time.sleep(0.3)
+        return super().gather(indices)
+
+
+def slow_images(*, examples: int = 64) -> SlowSource:
+    """The images, slowly."""
+    return SlowSource(images(examples=examples).arrays)
 
 
 def random_tokens(source, cache, *, tokens: int = 4, width: int = 6, seed: int = 0) -> np.ndarray:
@@ -108,6 +122,17 @@ def poisoned() -> ConfigDict:
     return config
 
 
+def steady() -> ConfigDict:
+    """The classifier with split parameters, forty slow steps and a checkpoint every five."""
+    config = classifier(average_decay=0.5)
+    config.data.source.name = "tiny_experiment:slow_images"
+    config.mesh = {"fsdp": 2, "rules": {"smallest": 1}}
+    config.evaluation.every = 0
+    config.checkpoint_every = 5
+    config.total_steps = 40
+    return config
+
+
 def aligned_flow() -> ConfigDict:
     """A flow transformer aligned with random tokens, with a moving average of its parameters."""
     return ConfigDict(
@@ -145,12 +170,28 @@ def aligned_flow() -> ConfigDict:
     )
 
 
+def taught() -> ConfigDict:
+    """The flow transformer aligned with the tokens of the classifier, which is trained first."""
+    config = aligned_flow()
+    config.model.patch_size = 2
+    config.data.columns = {
+        "teacher/patches": {
+            "name": "train.encoders.tokens",
+            "encoder": "trained",
+            "config": f"{__file__}:fast",
+        }
+    }
+    return config
+
+
 VARIANTS = {
     "slow": functools.partial(classifier, learning_rate=1e-4),
     "fast": functools.partial(classifier, learning_rate=0.03),
     "averaged": functools.partial(classifier, average_decay=0.5),
     "poisoned": poisoned,
+    "steady": steady,
     "aligned_flow": aligned_flow,
+    "taught": taught,
 }
 
 

@@ -1,15 +1,33 @@
 """SimCLR (Chen et al. 2020, arXiv:2002.05709): two augmented views of an image attract each other.
 
 Variant ``fashion_mnist`` trains the small encoder that other experiments use as a teacher that
-never saw a label.
+never saw a label; ``fashion_mnist_resnet`` is the same with a residual network, whose batch
+statistics are state. ``imagenet224_resnet50`` holds the official hyper-parameters of the paper's
+1,000-epoch run (google-research/simclr@be133b3: run.py, model_util.py). ``imagenet224_vit_b16``
+holds those by which MoCo v3 (arXiv:2104.02057, which reports SimCLR too) trains a ViT-B:
+facebookresearch/moco-v3@c349e6e:CONFIG.md.
 """
+
+import functools
 
 from ml_collections import ConfigDict
 
+from repalign.models import resnet, vit
 from repalign.registry import lookup
 
+EXAMPLES, BATCH = 1_281_167, 4096
 
-def fashion_mnist() -> ConfigDict:
+CONVNET = {"name": "models.convnet.ConvNet", "widths": (24, 48, 96), "blocks": 1}
+RESNET = {
+    "name": "models.resnet.ResNet",
+    "blocks": (1, 1, 1),
+    "bottleneck": False,
+    "stem": "cifar",
+    "width": 16,
+}
+
+
+def fashion_mnist(model: dict) -> ConfigDict:
     """A convolutional encoder on the 12,000 packaged images; a minute or two on two cores."""
     return ConfigDict(
         {
@@ -17,7 +35,7 @@ def fashion_mnist() -> ConfigDict:
                 "source": {"name": "data.fashion_mnist.fashion_mnist", "split": "train"},
                 "batch_size": 256,
             },
-            "model": {"name": "models.convnet.ConvNet", "widths": (24, 48, 96), "blocks": 1},
+            "model": model,
             "forward": {
                 "name": "train.forward.two_views",
                 "view": {"crop_scale": (0.3, 1.0), "brightness": 0.4, "contrast": 0.4, "blur": 0.0},
@@ -54,7 +72,94 @@ def fashion_mnist() -> ConfigDict:
     )
 
 
-VARIANTS = {"fashion_mnist": fashion_mnist}
+def imagenet224(
+    model: dict, *, head: dict, temperature: float, optimizer: dict, epochs: int
+) -> ConfigDict:
+    """An encoder on ImageNet with batches of 4,096 images and SimCLR's views.
+
+    The data set ``imagenet256`` is prepared by the user with TFDS: ``image`` uint8 [256, 256, 3],
+    the shorter side resized and the centre cut out, ``label``. Random crops to 224 pixels are cut
+    out of these where the official loader crops the original files. Computation is in bfloat16,
+    parameters and batch statistics are float32.
+    """
+    return ConfigDict(
+        {
+            "data": {
+                "source": {
+                    "name": "data.sources.tfds_source",
+                    "dataset": "imagenet256",
+                    "split": "train",
+                    "keys": ("image", "label"),
+                    "data_dir": "",
+                },
+                "batch_size": BATCH,
+                "spec": {"image": ((256, 256, 3), "uint8"), "label": ((), "int32")},
+            },
+            "model": {**model, "dtype": "bfloat16"},
+            "forward": {
+                "name": "train.forward.two_views",
+                "view": {"size": 224},
+                "head_norm": "batch",
+                "head_norm_last": True,
+                **head,
+            },
+            "objective": {
+                "nt_xent": {
+                    "term": "losses.contrastive.nt_xent",
+                    "a": "view_0/embedding",
+                    "b": "view_1/embedding",
+                    "temperature": temperature,
+                }
+            },
+            "optimizer": {"schedule": "cosine", "no_decay": ("bias", "scale"), **optimizer},
+            "seed": 0,
+            "total_steps": EXAMPLES * epochs // BATCH + 1,
+            "checkpoint_every": 10 * EXAMPLES // BATCH,
+        }
+    )
+
+
+VARIANTS = {
+    "fashion_mnist": functools.partial(fashion_mnist, CONVNET),
+    "fashion_mnist_resnet": functools.partial(fashion_mnist, RESNET),
+    "imagenet224_resnet50": functools.partial(
+        imagenet224,
+        {"name": "models.resnet.ResNet", **resnet.SIZES["50"]},
+        head={"head_hidden": 2048, "head_features": 128, "head_layers": 2},
+        temperature=0.1,
+        optimizer={
+            "name": "lars",
+            "learning_rate": 0.3 * BATCH / 256,
+            "warmup_steps": 10 * EXAMPLES // BATCH,
+            "weight_decay": 1e-6,
+            "momentum": 0.9,
+        },
+        epochs=1000,
+    ),
+    # Two differences from MoCo v3: SimCLR's views are the same recipe twice, and the patch
+    # embedding is trained.
+    "imagenet224_vit_b16": functools.partial(
+        imagenet224,
+        {
+            "name": "models.vit.ViT",
+            **vit.SIZES["B"],
+            "image_size": 224,
+            "patch_size": 16,
+            "position": "sincos",
+            "scan": True,
+            "remat": "dots_with_no_batch_dims_saveable",
+        },
+        head={"head_hidden": 4096, "head_features": 256, "head_layers": 3},
+        temperature=0.2,
+        optimizer={
+            "name": "adamw",
+            "learning_rate": 1.5e-4 * BATCH / 256,
+            "warmup_steps": 40 * EXAMPLES // BATCH,
+            "weight_decay": 0.1,
+        },
+        epochs=300,
+    ),
+}
 
 
 def get_config(variant: str = "fashion_mnist") -> ConfigDict:

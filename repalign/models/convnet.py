@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from repalign.models.layout import split_examples
 from repalign.models.transformer import DataFormat, to_nhwc
 from repalign.numerics import as_float
 from repalign.typing import Array, Float
@@ -109,7 +110,7 @@ class ConvNet(nn.Module):
         wrong = [tap for tap in self.taps if not 1 <= tap <= len(self.widths)]
         if wrong:
             raise ValueError(f"taps {wrong} are no stages of 1..{len(self.widths)}.")
-        x, taps = to_nhwc(x, data_format).astype(self.dtype), {}
+        x, taps = split_examples(to_nhwc(x, data_format).astype(self.dtype)), {}
         for stage, width in enumerate(self.widths, start=1):
             for number in range(self.blocks + 1):
                 x = Convolution(

@@ -18,7 +18,7 @@ from repalign.models.transformer import (
     to_nhwc,
     xavier,
 )
-from repalign.typing import Array, Float
+from repalign.typing import Array, Float, Integer
 
 SIZES = {
     "S": {"width": 384, "depth": 12, "heads": 6},
@@ -117,9 +117,17 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch _ _ _"], *, data_format: DataFormat = "NHWC"
+        self,
+        x: Float[Array, "batch _ _ _"],
+        *,
+        visible: Integer[Array, "batch visible"] | None = None,
+        data_format: DataFormat = "NHWC",
     ) -> tuple[dict[str, Float[Array, "batch ..."]], dict[str, Float[Array, "batch tokens width"]]]:
-        """Returns ``{"cls": [batch, width], "patches": [batch, tokens, width]}`` and the taps."""
+        """Returns ``{"cls": [batch, width], "patches": [batch, tokens, width]}`` and the taps.
+
+        With ``visible``, indices of patches, the blocks see these patches only, in this order, each
+        with the position it has in the image (masked autoencoding).
+        """
         x = to_nhwc(x, data_format)
         grid = (x.shape[1] // self.patch_size, x.shape[2] // self.patch_size)
         tokens = nn.Dense(
@@ -132,6 +140,8 @@ class ViT(nn.Module):
 
         positions = self._positions(grid)
         tokens = tokens + positions[-tokens.shape[1] :].astype(self.dtype)
+        if visible is not None:
+            tokens = jnp.take_along_axis(tokens, visible[..., None], axis=1)
         small, prefix = nn.initializers.normal(0.02), []
         if self.class_token:
             cls = self.param("class_token", small, (1, self.width), jnp.float32)

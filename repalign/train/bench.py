@@ -1,4 +1,4 @@
-"""What the training loop costs beside the compiled step, and how long a start takes."""
+"""What the training loop costs beside the compiled step, how long a start takes, what data does."""
 
 import dataclasses
 import itertools
@@ -38,7 +38,7 @@ def bench_train(
     begun = time.perf_counter()
     config = experiment.config
     replicated = config.replicas > 1
-    mesh = make_mesh(config.mesh)
+    mesh, rules = make_mesh(config.mesh), config.mesh.sharding_rules()
     sharding = batch_sharding(mesh, replicas=replicated)
     total_steps = config.steps(len(source))
     batches = pipeline.TrainingBatches(
@@ -54,7 +54,7 @@ def bench_train(
         spec = batch_spec(experiment, source.columns)
         init = initializer(experiment, total_steps)
         state = jax.jit(init)(run_keys(config.seeds), zeros(spec))
-        state = dataclasses.replace(state, frozen=load_frozen(experiment.forward, mesh))
+        state = dataclasses.replace(state, frozen=load_frozen(experiment.forward, mesh, rules))
         compiling = time.perf_counter()
         compiled = compile_step(experiment, total_steps, state, as_specs(spec, sharding))
         compile_s = time.perf_counter() - compiling
@@ -86,3 +86,51 @@ def bench_train(
         "compile_s": compile_s,
         "start_s": start_s,
     }
+
+
+def bench_input(
+    experiment: Experiment, source: Any, *, steps: int = 50, rounds: int = 9
+) -> list[dict[str, Any]]:
+    """Times the input pipeline of an experiment beside what its train step takes in; medians.
+
+    Returns a row for each of: ``host``, batches made by grain's threads; ``device``, the same
+    copied to the devices as in training; ``step``, what the compiled step of this machine needs
+    (see `bench_train`, ``alone_ms``). A row has ``images_per_second``, ``ms_per_batch`` and
+    ``times_the_step``, how many times what the step needs it delivers. A step that comes before the
+    pipeline has filled its buffers waits longer; rounds start with full ones.
+    """
+    config = experiment.config
+    replicated = config.replicas > 1
+    sharding = batch_sharding(make_mesh(config.mesh), replicas=replicated)
+    batches = pipeline.TrainingBatches(
+        source,
+        config.data.batch_size,
+        seed=None if replicated else config.seeds[0],
+        replicas=config.seeds if replicated else None,
+    )
+
+    def milliseconds(loader: Iterator[Any]) -> float:
+        next(loader)
+        times = []
+        for _ in range(rounds):
+            at = time.perf_counter()
+            for batch in itertools.islice(loader, steps):
+                jax.block_until_ready(batch)
+            times.append(1e3 * (time.perf_counter() - at) / steps)
+        return statistics.median(times)
+
+    with pipeline.Loader(batches) as host:
+        found = {"host": milliseconds(host)}
+    with pipeline.DeviceLoader(pipeline.Loader(batches), sharding=sharding) as device:
+        found["device"] = milliseconds(device)
+    found["step"] = bench_train(experiment, source, steps=5, rounds=3)["alone_ms"]
+    images = config.data.batch_size * config.replicas
+    return [
+        {
+            "part": part,
+            "images_per_second": 1e3 * images / ms,
+            "ms_per_batch": ms,
+            "times_the_step": found["step"] / ms,
+        }
+        for part, ms in found.items()
+    ]

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repalign.data.pixels import to_unit_range
 from repalign.pretrained import efficientnet
-from repalign.registry import lookup
+from repalign.registry import UserError, lookup
 from repalign.train import config as configs
 from repalign.train.experiment import assemble
 from repalign.train.loop import train
+from repalign.train.state import Forward
 from repalign.train.step import evaluation_params
 from repalign.typing import Array, PyTree
 
@@ -54,16 +54,15 @@ def trained_encoder(config: str, cache: pathlib.Path) -> Encoder:
     source = experiment.source(cache)
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # A second process that needs the encoder waits for it.
-        result = train(experiment, source, directory, title=f"encoder {config}")
-    return model_encoder(experiment.model, evaluation_params(result.state)["encoder"])
+        result = train(experiment, source, directory, title=f"encoder {config}", alone=True)
+    return model_encoder(experiment.forward, evaluation_params(result.state), result.state.forward)
 
 
 def random_encoder(config: str, images: np.ndarray, *, seed: int) -> Encoder:
     """Returns the encoder of an experiment for such images, with freshly drawn weights."""
     experiment = assemble(configs.load_config(config))
     batch = {"image": jnp.asarray(images[:1]), "label": jnp.zeros((1,), jnp.int32)}
-    params, _ = experiment.forward.init(jax.random.key(seed), batch)
-    return model_encoder(experiment.model, params["encoder"])
+    return model_encoder(experiment.forward, *experiment.forward.init(jax.random.key(seed), batch))
 
 
 def encode(encoder: Encoder, images: np.ndarray, *, tap: str | None = None) -> np.ndarray:
@@ -150,13 +149,20 @@ def derangement(size: int, seed: int) -> np.ndarray:
     return partner
 
 
-def model_encoder(model: Any, params: PyTree) -> Encoder:
-    """Returns a model of images in [0, 1] as a frozen encoder of uint8 images."""
+def model_encoder(forward: Forward, params: PyTree, state: PyTree) -> Encoder:
+    """Returns the encoder of a forward pass with these parameters and this state, frozen.
 
-    def apply(params: PyTree, images: Array) -> tuple[Array, Mapping[str, Array]]:
-        return model.apply({"params": params}, to_unit_range(images))
+    Raises:
+        UserError: the forward pass trains no encoder.
+    """
+    if forward.encode is None:
+        raise UserError("this experiment's forward pass (config.forward) trains no encoder.")
+    encode = forward.encode
 
-    return Encoder(apply, params)
+    def apply(variables: PyTree, images: Array) -> tuple[Array, Mapping[str, Array]]:
+        return encode(*variables, images)
+
+    return Encoder(apply, (params, state))
 
 
 def _efficientnet_lite0() -> Encoder:

@@ -204,7 +204,7 @@ def encoder_probe(
     def evaluate(state: TrainState, key: Array) -> EvaluationResult:
         del key
         encoder = encoders.model_encoder(
-            context.experiment.model, evaluation_params(state)["encoder"]
+            context.experiment.forward, evaluation_params(state), state.forward
         )
         data = (
             jnp.asarray(encoders.encode(encoder, train["image"])),

@@ -43,6 +43,7 @@ class Experiment:
             self.objective,
             self.optimizer(total_steps),
             average_decay=self.config.optimizer.average_decay,
+            accumulate_steps=self.config.optimizer.accumulate_steps,
         )
 
     def example_spec(self) -> dict[str, jax.ShapeDtypeStruct]:

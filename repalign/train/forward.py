@@ -14,7 +14,14 @@ from repalign.data import augment
 from repalign.data.pixels import to_signed_range, to_unit_range
 from repalign.generation import flow as flows
 from repalign.models.heads import LinearClassifier, MLPHead
-from repalign.registry import build, from_section, lookup
+from repalign.registry import UserError, build, from_section, lookup
+from repalign.train.modules import (
+    apply_module,
+    embedding,
+    encode_images,
+    given_features,
+    init_module,
+)
 from repalign.train.state import Batch, Forward, FrozenParams
 from repalign.typing import Array, Features, Float, Key, PyTree
 
@@ -81,7 +88,7 @@ def flow(
         )
         noised = flows.interpolate(data, noise, time, interpolant=path)
         output, taps = model.apply({"params": params}, noised, time, label)
-        features = _columns_that_are_features(batch)
+        features = given_features(batch)
         if encoder is not None:
             patches = encoder.apply(frozen, batch["image"])
             features["teacher/patches"] = jax.lax.stop_gradient(patches)
@@ -119,18 +126,57 @@ def two_views(
     model: Any,
     *,
     view: Mapping[str, Any],
+    second_view: Mapping[str, Any] | None = None,
     head_hidden: int = 128,
     head_features: int = 64,
+    head_layers: int = 2,
+    head_norm: str | None = None,
+    head_norm_last: bool = False,
+    predictor_hidden: int | None = None,
+    momentum: bool = False,
 ) -> Forward:
     """Two augmented views of each image through an encoder and a projection head.
 
-    ``view`` holds the fields of `repalign.data.augment.ViewRecipe` that differ from SimCLR's.
-
     Features: ``view_0/embedding``, ``view_1/embedding`` [batch, head_features], not normalised, and
-    the encoder's outputs before the head, ``view_0/encoder`` and ``view_1/encoder``.
+    the encoder's outputs before the head, ``view_0/encoder`` and ``view_1/encoder``. With a
+    predictor also ``view_0/prediction``, ...; with ``momentum`` also ``view_0/target``, ...: the
+    embeddings of the averaged encoder and head, stop-gradiented (BYOL, MoCo, TiCo).
+
+    Args:
+        model: maps images in [0, 1] to ``(embedding, taps)``, or a transformer, whose class token
+            is the embedding. Both views of the batch pass it together: its batch statistics are
+            those of all of them.
+        view: the fields of `repalign.data.augment.ViewRecipe` that differ from SimCLR's.
+        second_view: the same for the second view, if it has a recipe of its own.
+        head_hidden, head_features, head_layers, head_norm, head_norm_last: the projection head, a
+            `repalign.models.heads.MLPHead`.
+        predictor_hidden: hidden width of an MLP from embeddings to embeddings (BYOL, SimSiam); None
+            for none.
+        momentum: whether the averaged parameters give targets; ``optimizer.average_decay`` has to
+            be set.
     """
-    head = MLPHead(features=head_features, hidden=head_hidden)
-    recipe = from_section(augment.ViewRecipe, view, place="config.forward.view")
+    head = MLPHead(head_features, head_hidden, head_layers, head_norm, head_norm_last)
+    first = from_section(augment.ViewRecipe, view, place="config.forward.view")
+    second = first
+    if second_view is not None:
+        second = from_section(augment.ViewRecipe, second_view, place="config.forward.second_view")
+    predictor = None
+    if predictor_hidden is not None:
+        predictor = MLPHead(features=head_features, hidden=predictor_hidden)
+    encoder_and_head = _encoder_and_head_init(model, head, size=first.size)
+
+    def init(key: Key[Array, ""], batch: Batch) -> tuple[PyTree, PyTree]:
+        params, state = encoder_and_head(key, batch)
+        if predictor is not None:
+            embedded = jnp.zeros((1, head_features))
+            variables = predictor.init(jax.random.fold_in(key, 2), embedded)
+            params["predictor"] = variables["params"]
+        return params, state
+
+    def embed(params: PyTree, state: PyTree, views: Array) -> tuple[Array, Array, PyTree]:
+        (encoded, _), new_state = apply_module(model, params["encoder"], state, views)
+        encoded = embedding(encoded)
+        return encoded, head.apply({"params": params["head"]}, encoded), new_state
 
     def apply(
         params: PyTree,
@@ -141,19 +187,26 @@ def two_views(
         frozen: PyTree,
         state: PyTree,
     ) -> tuple[Features, PyTree]:
-        del average, frozen
+        del frozen
         images = to_unit_range(batch["image"])
-        views = jnp.concatenate(augment.two_views(key, images, first=recipe))
-        encoded, _ = model.apply({"params": params["encoder"]}, views)
-        embedded = head.apply({"params": params["head"]}, encoded)
-        features = _columns_that_are_features(batch)
-        for view, (code, embedding) in enumerate(
-            zip(jnp.split(encoded, 2), jnp.split(embedded, 2), strict=True)
-        ):
-            features |= {f"view_{view}/encoder": code, f"view_{view}/embedding": embedding}
-        return features, state
+        views = jnp.concatenate(augment.two_views(key, images, first=first, second=second))
+        encoded, embedded, new_state = embed(params, state, views)
+        outputs = {"encoder": encoded, "embedding": embedded}
+        if predictor is not None:
+            outputs["prediction"] = predictor.apply({"params": params["predictor"]}, embedded)
+        if momentum:
+            if average is None:
+                raise UserError(
+                    "config.forward.momentum needs averaged parameters: set "
+                    "config.optimizer.average_decay."
+                )
+            outputs["target"] = jax.lax.stop_gradient(embed(average, state, views)[1])
+        features = given_features(batch)
+        for name, values in outputs.items():
+            features[f"view_0/{name}"], features[f"view_1/{name}"] = jnp.split(values, 2)
+        return features, new_state
 
-    return Forward(_encoder_and_head_init(model, head), apply)
+    return Forward(init, apply, encode=_encoder_alone(model))
 
 
 def supervised(model: Any, *, classes: int, shift: int = 2, flip: float = 0.5) -> Forward:
@@ -176,25 +229,31 @@ def supervised(model: Any, *, classes: int, shift: int = 2, flip: float = 0.5) -
         shift_key, flip_key = jax.random.split(key)
         images = augment.translate(shift_key, to_unit_range(batch["image"]), pixels=shift)
         images = augment.horizontal_flip(flip_key, images, probability=flip)
-        encoded, _ = model.apply({"params": params["encoder"]}, images)
-        logits = head.apply({"params": params["head"]}, encoded)
-        features = _columns_that_are_features(batch)
-        return features | {"classifier/logits": logits, "label": batch["label"]}, state
+        (encoded, _), new_state = apply_module(model, params["encoder"], state, images)
+        logits = head.apply({"params": params["head"]}, embedding(encoded))
+        features = given_features(batch)
+        return features | {"classifier/logits": logits, "label": batch["label"]}, new_state
 
-    return Forward(_encoder_and_head_init(model, head), apply)
+    return Forward(_encoder_and_head_init(model, head), apply, encode=_encoder_alone(model))
 
 
-def _encoder_and_head_init(model: Any, head: Any):
+def _encoder_and_head_init(model: Any, head: Any, size: int | None = None):
+    """Returns the ``init`` of an encoder with a head, for images of ``size`` or the batch's own."""
+
     def init(key: Key[Array, ""], batch: Batch) -> tuple[PyTree, PyTree]:
         encoder_key, head_key = jax.random.split(key)
-        (embedding, _), variables = model.init_with_output(
-            encoder_key, to_unit_range(batch["image"])
-        )
-        head_params = head.init(head_key, embedding)["params"]
-        return {"encoder": variables["params"], "head": head_params}, {}
+        images = to_unit_range(batch["image"])
+        if size is not None:
+            images = jnp.zeros((images.shape[0], size, size, images.shape[3]), images.dtype)
+        (encoded, _), params, state = init_module(model, encoder_key, images)
+        head_params = head.init(head_key, embedding(encoded))["params"]
+        return {"encoder": params, "head": head_params}, state
 
     return init
 
 
-def _columns_that_are_features(batch: Batch) -> dict[str, Array]:
-    return {name: column for name, column in batch.items() if "/" in name}
+def _encoder_alone(model: Any):
+    def encode(params: PyTree, state: PyTree, images: Array) -> tuple[Array, Features]:
+        return encode_images(model, params["encoder"], state, images)
+
+    return encode

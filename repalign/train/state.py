@@ -37,11 +37,14 @@ class Forward(NamedTuple):
             ``average`` holds the moving average of the parameters (a teacher, if the method has
             one; None if there is none) and ``frozen`` parameters that never change.
         frozen: where those come from; None if ``apply`` needs none.
+        encode: ``(params, state, images) -> (embedding, taps)``, the encoder as evaluations and
+            other experiments use it, frozen; None if the pass has none.
     """
 
     init: Callable[[Key, Batch], tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[Features, PyTree]]
     frozen: FrozenParams | None = None
+    encode: Callable[[PyTree, PyTree, Array], tuple[Array, Features]] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -38,6 +38,22 @@ def test_mlp_head_norms():
     )
 
 
+def test_a_last_batch_norm_has_no_bias_and_the_layers_before_one_neither():
+    x = jax.random.normal(jax.random.key(0), (6, 8))
+    head = MLPHead(4, hidden=16, norm="batch", norm_last=True)
+    out, variables = head.init_with_output(jax.random.key(1), x)
+    # SimCLR's head: two matrices, scale and bias of the first norm, scale of the last.
+    shapes = {
+        "linear_1": {"kernel": (8, 16)},
+        "linear_2": {"kernel": (16, 4)},
+        "norm_1": {"scale": (16,), "bias": (16,)},
+        "norm_2": {"scale": (4,)},
+    }
+    assert jax.tree.map(jnp.shape, variables["params"]) == shapes
+    np.testing.assert_allclose(out.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(out.std(axis=0), 1, rtol=1e-3)
+
+
 def test_linear_classifier_starts_uniform():
     out, _ = LinearClassifier(3).init_with_output(jax.random.key(0), jnp.ones((2, 4)))
     assert out.shape == (2, 3)

@@ -53,6 +53,24 @@ def test_loop_and_scan_agree_and_tokens_are_separated(variables):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_visible_patches_keep_their_positions(variables):
+    def encode(images, visible):
+        return ViT(**TINY).apply(variables, images, visible=visible)[0]
+
+    order = jnp.asarray([[2, 0], [1, 3]])
+    found = jax.jit(encode)(IMAGES, order)
+    # What the other patches show does not matter; where the visible ones lie does.
+    rows = jnp.arange(8)[:, None] // 4 * 2 + jnp.arange(8)[None] // 4
+    seen = jnp.any(rows == order[:, :, None, None], axis=1)[..., None]
+    hidden = jax.jit(encode)(jnp.where(seen, IMAGES, 9.0), order)
+    np.testing.assert_allclose(hidden["patches"], found["patches"], rtol=1e-4, atol=1e-5)
+    swapped = jax.jit(encode)(IMAGES, order[:, ::-1])
+    np.testing.assert_allclose(swapped["patches"], found["patches"][:, ::-1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(swapped["cls"], found["cls"], rtol=1e-4, atol=1e-5)
+    moved = jax.jit(encode)(jnp.roll(IMAGES, 4, axis=1), (order + 2) % 4)
+    assert np.abs(moved["cls"] - found["cls"]).max() > 1e-3
+
+
 def test_other_grids_resample_the_learned_table(variables):
     out, _ = ViT(**TINY).apply(variables, jnp.zeros((1, 12, 16, 3)))
     assert out["patches"].shape == (1, 3 * 4, 16)

@@ -1,11 +1,15 @@
 import dataclasses
+import pathlib
 
+import elastic_checkpoint
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import simulated_devices
 
+from repalign.parallel.mesh import MeshConfig, make_mesh
 from repalign.registry import UserError
 from repalign.train.checkpoint import Checkpoints
 from repalign.train.state import TrainState
@@ -67,3 +71,17 @@ def test_a_directory_that_cannot_be_made_is_the_users_mistake(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write checkpoints to .*file/checkpoints"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_a_checkpoint_of_one_mesh_is_read_on_others(tmp_path):
+    """Written by eight devices that split it, read by eight in other ways and by this one."""
+    script = pathlib.Path(elastic_checkpoint.__file__)
+    printed = simulated_devices.output(script, tmp_path / "checkpoints")
+    assert printed.count("read") == len(elastic_checkpoint.MESHES)
+    state = elastic_checkpoint.make_state()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        restored, iterator = checkpoints.restore(
+            elastic_checkpoint.targets(state, make_mesh(MeshConfig()))
+        )
+    elastic_checkpoint.assert_equal(restored, state)
+    assert iterator == {"step": 7}

@@ -22,8 +22,9 @@ def test_encode_is_the_models_embedding_in_batches(source, monkeypatch):
     images = source.arrays["image"]
     encoder = encoders.random_encoder(CONFIG, images, seed=3)
     model = assemble(configs.load_config(CONFIG)).model
+    params, _ = encoder.params
     expected, taps = model.apply(
-        {"params": encoder.params}, to_unit_range(jax.numpy.asarray(images))
+        {"params": params["encoder"]}, to_unit_range(jax.numpy.asarray(images))
     )
     np.testing.assert_allclose(encoders.encode(encoder, images), expected, rtol=1e-5, atol=1e-6)
     found = encoders.encode(encoder, images, tap="map")
@@ -97,3 +98,9 @@ def test_a_derangement_moves_every_element(size):
     assert sorted(partner) == list(range(size))
     assert not np.any(partner == np.arange(size))
     np.testing.assert_array_equal(partner, encoders.derangement(size, seed=0))
+
+
+def test_a_forward_pass_without_an_encoder_gives_none():
+    flow = assemble(configs.load_config(f"{tiny_experiment.__file__}:aligned_flow")).forward
+    with pytest.raises(UserError, match="config.forward. trains no encoder"):
+        encoders.model_encoder(flow, {}, {})

@@ -136,7 +136,9 @@ def test_encoder_probe_reads_the_embedding(cache):
     context, state = context_and_state("fast", cache)
     section = {"name": "train.evaluate.encoder_probe", "reference": REFERENCE, "classes": 4}
     metrics, _ = build_evaluators({"probe": section}, context)["probe"](state, KEY)
-    encoder = encoders.model_encoder(context.experiment.model, state.params["model"]["encoder"])
+    encoder = encoders.model_encoder(
+        context.experiment.forward, state.params["model"], state.forward
+    )
     train = context.source.gather(np.arange(64))
     test = tiny_experiment.images(examples=48).gather(np.arange(48))
     data = (

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import tiny_experiment
 
 from repalign.data.pipeline import TrainingBatches
+from repalign.parallel.distributed import Preempted, PreemptionWatch
 from repalign.registry import UserError
 from repalign.train import config as configs
 from repalign.train.checkpoint import Checkpoints
@@ -14,6 +16,7 @@ from repalign.train.experiment import assemble
 from repalign.train.loop import EvaluationResult, TrainingDiverged, params_sha256, train
 from repalign.train.run import run
 from repalign.train.state import parameter_count
+from repalign.train.writer import MetricsWriter
 
 FILE = tiny_experiment.__file__
 
@@ -83,6 +86,49 @@ def test_a_run_that_stops_and_resumes_equals_one_that_does_not(straight, tmp_pat
         jax.random.key_data(resumed.state.key), jax.random.key_data(result.state.key)
     )
     np.testing.assert_array_equal(resumed.metrics["source_loss"], result.metrics["source_loss"])
+
+
+def test_sigterm_saves_after_a_whole_step_and_the_run_resumes_exactly(straight, tmp_path):
+    def terminate(step, seed, metrics, arrays):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Preempted, match=r"^SIGTERM: stopped after step 4 of 6 with a checkpoint"):
+        run(experiment(*RESUMABLE), tmp_path, on_evaluation=terminate)
+    assert sorted(losses(tmp_path)) == [1, 2, 3, 4]
+    resumed = run(experiment(*RESUMABLE), tmp_path)
+    workdir, result, _ = straight
+    assert losses(tmp_path) == losses(workdir)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert params_sha256(resumed.state.params) == params_sha256(result.state.params)
+    assert params_sha256(resumed.state.optimizer) == params_sha256(result.state.optimizer)
+
+
+def test_an_evaluation_that_is_due_when_sigterm_comes_is_not_lost(straight, tmp_path):
+    seen = []
+
+    def terminate(step, seed, metrics, arrays):
+        seen.append(step)
+
+    watch = pytest.MonkeyPatch()
+    with watch.context() as patched, pytest.raises(Preempted, match="after step 3"):
+        patched.setattr(PreemptionWatch, "reached", lambda self: len(losses(tmp_path)) == 2)
+        run(experiment(*RESUMABLE), tmp_path, on_evaluation=terminate)
+    assert seen == [3] and lines(tmp_path)[-1]["step"] == 3 and "source_loss" in lines(tmp_path)[-1]
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 3
+
+
+def test_a_line_that_a_killed_run_left_unfinished_is_removed(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    with MetricsWriter(tmp_path) as writer:
+        assert writer.read(1) == {"loss": 2.0} and writer.read(2) == {}
+        writer.write(2, {"loss": 1.5})
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    with MetricsWriter(None) as silent:
+        silent.write(3, {"loss": 1.0})
+        assert silent.read(1) == {}
 
 
 def test_a_finished_run_is_only_read_again(straight):

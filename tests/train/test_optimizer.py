@@ -73,8 +73,24 @@ def test_the_schedule_drives_the_optimizer():
         ({"learning_rate": float("nan")}, "learning_rate must be positive"),
         ({"name": "adam", "weight_decay": 0.1}, "adam has none; use adamw"),
         ({"average_decay": 1.0}, r"average_decay must be in \[0, 1\)"),
+        ({"accumulate_steps": 0}, "accumulate_steps must be positive, not 0"),
     ],
 )
 def test_mistakes_are_errors(fields, message):
     with pytest.raises(UserError, match=message):
         OptimizerConfig(**{"learning_rate": 0.1, **fields})
+
+
+@pytest.mark.parametrize("name", ["adamw", "lars"])
+def test_named_parameters_are_neither_decayed_nor_scaled(name):
+    params = {"layer": {"kernel": PARAMS["w"], "bias": PARAMS["w"]}}
+    gradient = {"layer": {"kernel": GRADIENT["w"], "bias": GRADIENT["w"]}}
+    fields = {"learning_rate": 0.1, "name": name, "weight_decay": 0.5}
+    everything = OptimizerConfig(**fields).transformation(10)
+    optimizer = OptimizerConfig(**fields, no_decay=("bias", "scale")).transformation(10)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    expected, _ = everything.update(gradient, everything.init(params), params)
+    np.testing.assert_allclose(updates["layer"]["kernel"], expected["layer"]["kernel"], rtol=1e-6)
+    plain = optax.adam(0.1) if name == "adamw" else optax.sgd(0.1)
+    bias, _ = plain.update(gradient, plain.init(params))
+    np.testing.assert_allclose(updates["layer"]["bias"], bias["layer"]["bias"], rtol=1e-6)

@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from repalign.registry import UserError
 from repalign.train.objective import Objective, Term, TermOutput
 from repalign.train.state import Forward, init_state, parameter_count
 from repalign.train.step import evaluation_params, make_train_step
@@ -233,3 +234,80 @@ def test_the_forward_pass_keeps_a_state_of_its_own():
     np.testing.assert_allclose(
         new.forward["mean"], 0.75 + 0.25 * BATCH["x"].mean(axis=0), rtol=1e-6
     )
+
+
+def spread():
+    """A term across examples: the variance of the outputs over the batch."""
+
+    def apply(params, state, features, key):
+        return TermOutput(jnp.var(features["output"], axis=0).sum(), state, {"key": first(key)})
+
+    return Term("spread", apply)
+
+
+def first(key):
+    return jax.random.uniform(key)
+
+
+def quiet(params, batch, key, *, average, frozen, state):
+    """The linear model without noise; its state counts calls and keeps a drawn number."""
+    del average, frozen
+    state = {"calls": state["calls"] + 1, "drawn": first(key)}
+    return {"output": batch["x"] @ params["w"], "target": batch["y"]}, state
+
+
+def accumulated(objective, accumulate_steps, steps=3):
+    forward = Forward(
+        lambda key, batch: (
+            {"w": jax.random.normal(key, (3, 2))},
+            {"calls": jnp.zeros(()), "drawn": jnp.zeros(())},
+        ),
+        quiet,
+    )
+    state = init_state(forward, objective, OPTIMIZER, jax.random.key(0), BATCH, with_average=False)
+    step = make_train_step(forward, objective, OPTIMIZER, accumulate_steps=accumulate_steps)
+    step = jax.jit(step)
+    for _ in range(steps):
+        state, metrics = step(state, BATCH)
+    return state, metrics
+
+
+def test_microbatches_of_a_per_example_loss_equal_the_whole_batch():
+    def squares():
+        def apply(params, state, features, key):
+            error = jnp.square(features["target"] - features["output"]).sum(-1)
+            return TermOutput(error, {"calls": state["calls"] + 1}, {"largest": error.mean() ** 2})
+
+        return Term("squares", apply, lambda key, features: ({}, {"calls": jnp.zeros(())}))
+
+    objective = squares() + 0.1 * penalty()
+    whole, metrics = accumulated(objective, 1)
+    parts, parts_metrics = accumulated(objective, 4)
+    assert_trees_close(parts.params, whole.params, rtol=1e-5)
+    assert_trees_close(parts.optimizer, whole.optimizer, rtol=1e-4, atol=1e-7)
+    for name in ("loss", "squares", "penalty", "grad_norm", "update_norm"):
+        np.testing.assert_allclose(parts_metrics[name], metrics[name], rtol=1e-5)
+    # States go from one microbatch to the next, and other metrics are means over microbatches.
+    assert (float(whole.forward["calls"]), float(parts.forward["calls"])) == (3, 12)
+    assert float(parts.objective["squares"]["calls"]) == 12
+    assert parts_metrics["squares/largest"] > metrics["squares/largest"] * 1.001
+
+
+def test_a_term_across_examples_sees_a_microbatch_and_every_microbatch_its_own_keys():
+    state, metrics = accumulated(spread() + penalty(), 4, steps=1)
+    init_w = jax.random.normal(jax.random.split(jax.random.key(0), 4)[0], (3, 2))
+    outputs = np.asarray(BATCH["x"] @ init_w)
+    expected = np.mean([outputs[number::4].var(axis=0).sum() for number in range(4)])
+    np.testing.assert_allclose(metrics["spread"], expected, rtol=1e-5)
+    assert abs(outputs.var(axis=0).sum() / expected - 1) > 0.05
+    key = jax.random.fold_in(state.key, 0)
+    keys = [jax.random.split(jax.random.fold_in(key, number)) for number in range(4)]
+    drawn = [first(jax.random.fold_in(objective_key, 0)) for _, objective_key in keys]
+    np.testing.assert_allclose(metrics["spread/key"], np.mean(drawn), rtol=1e-6)
+    np.testing.assert_allclose(state.forward["drawn"], first(keys[3][0]), rtol=1e-6)
+    assert len({float(value) for value in drawn}) == 4
+
+
+def test_a_batch_that_cannot_be_cut_is_an_error():
+    with pytest.raises(UserError, match=r"8 examples cannot be cut into .*accumulate_steps=3"):
+        accumulated(penalty() + spread(), 3)

@@ -1,0 +1,99 @@
+"""Evaluators of tokenizers, as `repalign.train.evaluate` has them for other models."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from repalign.data.pixels import from_signed_range
+from repalign.metrics import codebook, frechet
+from repalign.metrics.reconstruction import psnr, ssim
+from repalign.registry import build
+from repalign.train import encoders
+from repalign.train.evaluate import EvaluationContext
+from repalign.train.loop import EvaluationResult, Evaluator
+from repalign.train.state import TrainState
+from repalign.train.step import evaluation_params
+from repalign.typing import Array
+
+
+def reconstruction(
+    context: EvaluationContext,
+    *,
+    reference: Mapping[str, Any],
+    network: str | None = None,
+    examples: int = 2000,
+    shown: int = 10,
+    batch: int = 250,
+) -> Evaluator:
+    """Reconstruction of held-out images, and how their tokens use the codebook.
+
+    Metrics: ``mse`` of pixels in [-1, 1], ``psnr`` (mean over images, dB) and ``ssim`` of the
+    reconstruction clipped to that range, ``code_usage`` (share of codes in use), ``perplexity`` of
+    the codes and, with ``network``, ``reconstruction_frechet_distance``. Images and averaged
+    parameters pass the experiment's own forward pass; its state is not renewed.
+
+    Args:
+        reference: source of held-out images.
+        network: the experiment whose encoder gives the feature space of the Fréchet distance; None
+            leaves the distance out.
+        examples: how many images, at most.
+        shown: images returned in ``reconstructions`` [2, shown, height, width, channels], uint8,
+            after the originals.
+        batch: images at a time.
+    """
+    forward = context.experiment.forward
+    bottleneck = build(context.experiment.config.forward["quantizer"], place="config.forward")
+    place = "config.evaluation.metrics.reconstruction.reference"
+    held_out = build(reference, place=place)
+    images = held_out.gather(np.arange(min(examples, len(held_out))))["image"]
+    # Whole batches only: every image counts once and one program serves all.
+    batch = min(batch, len(images))
+    images = images[: len(images) // batch * batch]
+    embed = None
+    if network is not None:
+        embed = functools.partial(encoders.encode, encoders.trained_encoder(network, context.cache))
+        real = frechet.gaussian_statistics(embed(images))
+
+    @jax.jit
+    def measure(state: TrainState, batch: Array, key: Array) -> dict[str, Array]:
+        features, _ = forward.apply(
+            evaluation_params(state),
+            {"image": batch},
+            key,
+            average=state.average,
+            frozen=state.frozen,
+            state=state.forward,
+        )
+        target = features["tokenizer/image"]
+        decoded = jnp.clip(features["tokenizer/reconstruction"], -1.0, 1.0)
+        size = bottleneck.codes(features["tokenizer/latent"].shape[-1])
+        return {
+            "mse": jnp.mean(jnp.square(decoded - target), axis=(1, 2, 3)),
+            "psnr": psnr(decoded, target, data_range=2.0),
+            "ssim": ssim(decoded, target, data_range=2.0),
+            "counts": codebook.counts(features["tokenizer/indices"].reshape(-1), size=size),
+            "pairs": jnp.stack([from_signed_range(target), from_signed_range(decoded)]),
+        }
+
+    def evaluate(state: TrainState, key: Array) -> EvaluationResult:
+        parts = [
+            jax.device_get(measure(state, images[start : start + batch], key))
+            for start in range(0, len(images), batch)
+        ]
+        counts = jnp.asarray(np.sum([part["counts"] for part in parts], axis=0))
+        pairs = np.concatenate([part["pairs"] for part in parts], axis=1)
+        metrics = {
+            name: float(np.mean([part[name] for part in parts])) for name in ("mse", "psnr", "ssim")
+        }
+        metrics["code_usage"] = float(codebook.usage(counts))
+        metrics["perplexity"] = float(codebook.perplexity(counts))
+        if embed is not None:
+            decoded = frechet.gaussian_statistics(embed(pairs[1]))
+            metrics["reconstruction_frechet_distance"] = frechet.frechet_distance(decoded, real)
+        return EvaluationResult(metrics, {"reconstructions": pairs[:, :shown]})
+
+    return evaluate

@@ -1,0 +1,53 @@
+"""Flax modules as forward passes use them: parameters and other variables kept apart."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from repalign.data.pixels import to_unit_range
+from repalign.train.state import Batch
+from repalign.typing import Array, Key, PyTree
+
+
+def init_module(
+    module: nn.Module, key: Key[Array, ""], *inputs: Any, **arguments: Any
+) -> tuple[Any, PyTree, PyTree]:
+    """Returns the outputs of a module for these inputs, its parameters and its state.
+
+    The state holds the collections other than ``params``, such as ``batch_stats``.
+    """
+    outputs, variables = module.init_with_output(key, *inputs, **arguments)
+    state = {name: values for name, values in variables.items() if name != "params"}
+    return outputs, variables["params"], state
+
+
+def apply_module(
+    module: nn.Module, params: PyTree, state: PyTree, *inputs: Any, **arguments: Any
+) -> tuple[Any, PyTree]:
+    """Returns a module's outputs and its new state: a training step's pass.
+
+    A module that keeps batch statistics normalises by those of its inputs here.
+    """
+    outputs, new_state = module.apply(
+        {"params": params, **state}, *inputs, mutable=list(state), **arguments
+    )
+    return outputs, dict(new_state)
+
+
+def embedding(outputs: Any) -> Array:
+    """Returns the one vector an image of an encoder's outputs: a transformer's is its ``cls``."""
+    return outputs["cls"] if isinstance(outputs, Mapping) else outputs
+
+
+def encode_images(module: nn.Module, params: PyTree, state: PyTree, images: Array):
+    """Returns the embedding and the taps of images by a frozen encoder; statistics stay."""
+    outputs, taps = module.apply({"params": params, **state}, to_unit_range(images))
+    if isinstance(outputs, Mapping):
+        taps = {**taps, **outputs}
+    return embedding(outputs), taps
+
+
+def given_features(batch: Batch) -> dict[str, Array]:
+    """Returns the columns of a batch that are features already: those with a slash in the name."""
+    return {name: column for name, column in batch.items() if "/" in name}
