@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.typing import Array, Bool, Float, Num, PyTree, Shaped
+from repalign.typing import Array, Bool, Float, Integer, Num, PyTree, Shaped
 
 MATRIX_ENTRIES = 8192 * 8192
 """The largest matrix over pairs of examples that is held at once: 256 MiB of float32."""
@@ -66,6 +66,22 @@ def squared_distances(
         + jnp.sum(jnp.square(b), axis=1)[None, :]
     )
     return jnp.maximum(squared, 0.0)
+
+
+def on_explicit_mesh() -> bool:
+    """Whether a mesh is in force on which the types of arrays say how they are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = jax.sharding.AxisType.Explicit
+    return not mesh.empty and all(kind == explicit for kind in mesh.axis_types)
+
+
+def take_rows(
+    table: Float[Array, "rows width"], index: Integer[Array, "*shape"]
+) -> Float[Array, "*shape width"]:
+    """Returns ``table[index]``, split as the index is on an explicit mesh."""
+    if not on_explicit_mesh():
+        return jnp.take(table, index, axis=0)
+    return table.at[index].get(out_sharding=jax.P(*jax.typeof(index).sharding.spec, None))
 
 
 def map_row_blocks(

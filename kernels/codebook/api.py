@@ -113,6 +113,13 @@ def _partitioned() -> bool:
     )
 
 
+def _explicit() -> bool:
+    """Whether types say how arrays lie on the mesh: the search is then left to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    explicit = jax.sharding.AxisType.Explicit
+    return mesh.size > 1 and all(kind == explicit for kind in mesh.axis_types)
+
+
 def choose(dtype: jax.typing.DTypeLike = jnp.float32, *, k: int = 1) -> Choice:
     """Returns which implementation ``None`` stands for here, and why.
 
@@ -207,6 +214,12 @@ def nearest_codes(
     Raises:
         ValueError: dimensions that differ, an empty codebook, an unknown name.
     """
+    if _explicit():
+        automatic = partial(
+            nearest_codes, distance=distance, precision=precision, implementation=implementation
+        )
+        rows = jax.P(jax.typeof(z).sharding.spec[0])
+        return jax.sharding.auto_axes(automatic, out_sharding=rows)(z, codebook)
     z, codebook = comparable(z, codebook, distance)
     implementation = resolved(implementation, z.dtype)
     check_precision(precision, implementation)
@@ -378,6 +391,13 @@ def code_statistics(
         raise ValueError(
             f"z {z.shape} and indices {indices.shape} must be [vectors, dim], [vectors]."
         )
+    if _explicit():
+        automatic = partial(code_statistics, num_codes=num_codes, implementation=implementation)
+        whole = CodeStatistics(jax.P(), jax.P())
+        where = jnp.ones_like(indices, bool) if where is None else where
+        return jax.sharding.auto_axes(
+            lambda z, indices, where: automatic(z, indices, where=where), out_sharding=whole
+        )(z, indices, where)
     z = lax.stop_gradient(z.astype(jnp.promote_types(z.dtype, jnp.float32)))
     implementation = resolved(implementation, z.dtype)
     valid = (indices >= 0) & (indices < num_codes)

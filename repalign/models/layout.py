@@ -10,10 +10,11 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType
 
-from repalign.typing import Array, Float, Integer, PyTree
+from repalign.kernels.attention.api import SHORT
+from repalign.numerics import on_explicit_mesh
+from repalign.typing import Array, Float, PyTree
 
 BATCH_AXES = ("replica", "data", "fsdp")
 """The mesh axes that split the examples of a batch."""
@@ -39,7 +40,7 @@ def split_examples(x: Array, *, hidden: bool = False) -> Array:
     count = math.prod(mesh.shape[axis] for axis in axes)
     if count == 1 or x.shape[0] % count:
         return x
-    if _is_explicit():
+    if on_explicit_mesh():
         first, *rest = jax.typeof(x).sharding.spec
         return x if first is not None else jax.sharding.reshard(x, jax.P(axes, *rest))
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -48,13 +49,22 @@ def split_examples(x: Array, *, hidden: bool = False) -> Array:
     return jax.lax.with_sharding_constraint(x, jax.P(axes, *rest))
 
 
-def take_rows(
-    table: Float[Array, "rows width"], index: Integer[Array, "*shape"]
-) -> Float[Array, "*shape width"]:
-    """Returns ``table[index]``, split as the index is on an explicit mesh."""
-    if not _is_explicit():
-        return jnp.take(table, index, axis=0)
-    return table.at[index].get(out_sharding=jax.P(*jax.typeof(index).sharding.spec, None))
+def split_heads(query: Float[Array, "batch tokens heads dim"]) -> jax.P | None:
+    """Returns how attention is split on an automatic mesh: examples, and heads over ``tensor``.
+
+    A Pallas kernel has to be told. None where the compiler needs no telling: on one device, on an
+    explicit mesh, where examples or heads do not divide, and for sequences so short that no kernel
+    is used.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return None
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+    heads = "tensor" if "tensor" in mesh.axis_names and mesh.shape["tensor"] > 1 else None
+    batch, tokens, count, _ = query.shape
+    divides = not batch % math.prod(mesh.shape[axis] for axis in axes)
+    divides = divides and (heads is None or not count % mesh.shape["tensor"])
+    return jax.P(axes, None, heads, None) if divides and tokens > SHORT else None
 
 
 def gather_parameters(params: PyTree) -> PyTree:
@@ -63,7 +73,7 @@ def gather_parameters(params: PyTree) -> PyTree:
     Stacks of layers stay as they are: `repalign.models.transformer.Blocks` gathers one layer at a
     time. On an automatic mesh this is the compiler's work, and nothing is done here.
     """
-    if not _is_explicit():
+    if not on_explicit_mesh():
         return params
 
     def gather(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -73,8 +83,3 @@ def gather_parameters(params: PyTree) -> PyTree:
         return leaf if stacked or list(spec) == whole else jax.sharding.reshard(leaf, jax.P(*whole))
 
     return jax.tree_util.tree_map_with_path(gather, params)
-
-
-def _is_explicit() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and all(kind == AxisType.Explicit for kind in mesh.axis_types)

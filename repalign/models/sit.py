@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from repalign.models.layout import split_examples, take_rows
+from repalign.models.layout import split_examples
 from repalign.models.position import sincos_2d, sinusoid
 from repalign.models.transformer import (
     Attention,
@@ -20,6 +20,7 @@ from repalign.models.transformer import (
     unpatchify,
     xavier,
 )
+from repalign.numerics import take_rows
 from repalign.typing import Array, Float, Integer
 
 SIZES = {

@@ -11,8 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from repalign.kernels.attention import attention
 from repalign.models.convnet import GroupNorm
-from repalign.models.transformer import REMAT_POLICIES, dot_product_attention
+from repalign.models.layout import split_heads
+from repalign.models.transformer import REMAT_POLICIES
 from repalign.registry import lookup
 from repalign.typing import Array, Float
 
@@ -65,11 +67,14 @@ class AttentionBlock(nn.Module):
     ) -> Float[Array, "batch height width channels"]:
         batch, height, width, channels = x.shape
         normalized = GroupNorm(self.groups, dtype=self.dtype, name="norm")(x)
-        query, key, value = (
-            _conv(channels, 1, name, dtype=self.dtype)(normalized).reshape(batch, -1, 1, channels)
-            for name in ("query", "key", "value")
-        )
-        out = dot_product_attention(query, key, value).reshape(x.shape)
+
+        def tokens(name: str) -> Array:
+            # One axis at a time: on an explicit mesh no reshape may cut or join two.
+            projected = _conv(channels, 1, name, dtype=self.dtype)(normalized)
+            return projected.reshape(batch, -1, channels)[:, :, None]
+
+        query, key, value = (tokens(name) for name in ("query", "key", "value"))
+        out = attention(query, key, value, partition=split_heads(query))[:, :, 0].reshape(x.shape)
         return x + _conv(channels, 1, "proj", dtype=self.dtype)(out)
 
 

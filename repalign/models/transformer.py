@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from repalign.models.layout import STACK, gather_parameters, split_examples
+from repalign.kernels.attention import attention
+from repalign.models.layout import STACK, gather_parameters, split_examples, split_heads
 from repalign.numerics import as_float
 from repalign.registry import lookup
 from repalign.typing import Array, Float, PyTree, Shaped
@@ -100,25 +101,6 @@ class LayerNorm(nn.Module):
         return (layer_norm(x, epsilon=self.epsilon) * scale + bias).astype(self.dtype)
 
 
-def dot_product_attention(
-    query: Float[Array, "batch queries heads dim"],
-    key: Float[Array, "batch keys heads dim"],
-    value: Float[Array, "batch keys heads dim"],
-) -> Float[Array, "batch queries heads dim"]:
-    """Returns ``softmax(q k^T / sqrt(dim)) v``, the softmax in float32."""
-    logits = jnp.einsum(
-        "bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=jnp.float32
-    )
-    # Divided by the sum after the product with the values: fewer divisions, and on CPU a backward
-    # pass 20 % shorter than through softmax's.
-    weights = jnp.exp(logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    total = jnp.sum(weights, axis=-1).transpose(0, 2, 1)[..., None]
-    out = jnp.einsum(
-        "bhqk,bkhd->bqhd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32
-    )
-    return (out / total).astype(value.dtype)
-
-
 def heads_first(
     fused: Shaped[Array | np.ndarray, "*shape out"], *, heads: int
 ) -> Shaped[Array | np.ndarray, "*shape out"]:
@@ -165,7 +147,8 @@ class Attention(nn.Module):
         if self.qk_norm:
             query = LayerNorm(1e-5, self.dtype, name="q_norm")(query)
             key = LayerNorm(1e-5, self.dtype, name="k_norm")(key)
-        out = dot_product_attention(query, key, value).reshape(batch, tokens, width)
+        out = attention(query, key, value, partition=split_heads(query))
+        out = out.reshape(batch, tokens, width)
         out = split_examples(out, hidden=True)
         return split_examples(nn.Dense(width, name="proj", **dense)(out))
 

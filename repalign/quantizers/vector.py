@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.kernels import codebook as kernel
-from repalign.numerics import as_float, l2_normalize
+from repalign.numerics import as_float, l2_normalize, take_rows
 from repalign.quantizers.gradients import GRADIENTS, rotate_to
 from repalign.registry import lookup
 from repalign.typing import Array, Bool, Float, Int
@@ -115,7 +115,7 @@ def vector_quantize(
     indices = nearest_indices(z, codebook, distance=distance)
     if distance == "cosine":
         z, codebook = l2_normalize(z), l2_normalize(codebook)
-    codes = codebook[indices]
+    codes = take_rows(codebook, indices)
     loss = commitment_weight * _mean_square(z - lax.stop_gradient(codes))
     loss += codebook_weight * _mean_square(lax.stop_gradient(z) - codes)
     return Quantized(passed_through(z, codes), indices, loss)

@@ -189,7 +189,9 @@ def two_views(
     ) -> tuple[Features, PyTree]:
         del frozen
         images = to_unit_range(batch["image"])
-        views = jnp.concatenate(augment.two_views(key, images, first=first, second=second))
+        # The views of an image are neighbours: each device keeps both of its images' views.
+        pairs = jnp.stack(augment.two_views(key, images, first=first, second=second), axis=1)
+        views = pairs.reshape(-1, *pairs.shape[2:])
         encoded, embedded, new_state = embed(params, state, views)
         outputs = {"encoder": encoded, "embedding": embedded}
         if predictor is not None:
@@ -203,7 +205,8 @@ def two_views(
             outputs["target"] = jax.lax.stop_gradient(embed(average, state, views)[1])
         features = given_features(batch)
         for name, values in outputs.items():
-            features[f"view_0/{name}"], features[f"view_1/{name}"] = jnp.split(values, 2)
+            each = values.reshape(-1, 2, *values.shape[1:])
+            features[f"view_0/{name}"], features[f"view_1/{name}"] = each[:, 0], each[:, 1]
         return features, new_state
 
     return Forward(init, apply, encode=_encoder_alone(model))

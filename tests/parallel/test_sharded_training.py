@@ -62,13 +62,7 @@ MESHES = {
     "8x1x1 explicit": {"data": 8, "explicit": True},
     "1x8x1 explicit": {"fsdp": 8, "explicit": True},
 }
-EXPLICIT = ("repa:repa", "mae:fashion_mnist")
-RUNS = [
-    (name, mesh)
-    for name in EXPERIMENTS
-    for mesh, fields in MESHES.items()
-    if "explicit" not in fields or name in EXPLICIT
-]
+RUNS = [(name, mesh) for name in EXPERIMENTS for mesh in MESHES]
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
 
@@ -202,6 +196,17 @@ def test_data_parallel_steps_sum_gradients_and_nothing_else(report, name):
     """XLA joins the sums: of all gradients, and of what follows from them (their norm)."""
     found = collectives(report, name, "8x1x1")
     assert found.keys() == {"all-reduce"} and found["all-reduce"] <= 2
+
+
+def test_global_negatives_gather_the_embeddings_once(report):
+    """SimCLR, data-parallel: every image meets the views of all images of the global batch.
+
+    all-gather, 3: the embeddings of all views, the columns of the loss, once; and twice one number
+    an example, where the losses of the two views are joined.
+    all-reduce, 2: the gradient of those columns, and the gradients of all parameters.
+    """
+    found = collectives(report, "simclr:fashion_mnist", "8x1x1")
+    assert found == {"all-gather": 3, "all-reduce": 2}
 
 
 def test_fsdp_gathers_each_matrix_before_each_use(report):
