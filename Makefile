@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test lint unit table tune mesh processes newest clean
+.PHONY: demo docs test lint unit table tune mesh processes aot newest clean
 
 demo: $(VENV)/installed  ## The REPA table at a quick setting: three rows, three seeds, real images.
 	$(BIN)/repalign reproduce repa --jobs 2 --workdir workdirs/demo --rows baseline,repa,random_teacher \
@@ -39,6 +39,9 @@ mesh: $(VENV)/installed-test  ## The sharded tests on eight simulated devices.
 
 processes: $(VENV)/installed-test  ## Four real processes, one of them killed, two that continue.
 	$(BIN)/python -m pytest -q -m processes
+
+aot: ## Kernels and a train step compiled for TPUs that are not here, in an environment of its own.
+	./.ci/aot
 
 newest: ## The quick tests on the newest Python found, in an environment of its own.
 	./.ci/newest

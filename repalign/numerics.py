@@ -4,6 +4,7 @@ Everything here casts its inputs to float32 (float64 stays float64) before it co
 bfloat16 model gets the same decisions as a float32 one.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -66,6 +67,23 @@ def squared_distances(
         + jnp.sum(jnp.square(b), axis=1)[None, :]
     )
     return jnp.maximum(squared, 0.0)
+
+
+BATCH_AXES = ("replica", "data", "fsdp")
+"""The mesh axes that split the examples of a batch."""
+
+
+def axes_of_examples(count: int) -> tuple[str, ...]:
+    """Returns the axes of the automatic mesh in force over which ``count`` examples are split.
+
+    Empty without such a mesh, on one device, and where the examples do not divide. What has to be
+    mapped by hand (`jax.shard_map`), because XLA would move data, asks this.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    automatic = all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+    return axes if automatic and devices > 1 and count % devices == 0 else ()
 
 
 def on_explicit_mesh() -> bool:

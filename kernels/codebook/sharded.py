@@ -4,12 +4,14 @@ Each device searches its slice of the codebook for its vectors; then pairs (scor
 reduced, and equal scores go to the lowest index of the whole codebook, as on one device. These
 functions are how kernels run on several devices: XLA cannot split a kernel by itself.
 
-``mesh`` has the axes that are named; ``vectors_axis`` or ``codes_axis`` may be None (not split).
+``mesh`` has the axes that are named; ``vectors_axis`` or ``codes_axis`` may be several axes, or
+None (not split).
 Counts that the axes do not divide are a ValueError. Everything else is as in the function of the
 same name in ``api``, and so is the result up to the rounding of the codebook's mean, whose parts
 are added in another order.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,14 +26,17 @@ from repalign.kernels.codebook.api import Assignment, CodeStatistics
 from repalign.kernels.codebook.operands import center_sums, scored
 
 Mesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
+Axis = str | tuple[str, ...] | None
 
 _LAST = jnp.iinfo(jnp.int32).max
 
 
-def _check_divides(mesh: Mesh, axis: str | None, count: int, what: str) -> None:
-    if axis is not None and count % mesh.shape[axis]:
+def _check_divides(mesh: Mesh, axis: Axis, count: int, what: str) -> None:
+    axes = (axis,) if isinstance(axis, str) else axis or ()
+    devices = math.prod(mesh.shape[name] for name in axes)
+    if count % devices:
         raise ValueError(
-            f"{count} {what} do not divide over the {mesh.shape[axis]} devices of axis {axis!r}."
+            f"{count} {what} do not divide over the {devices} devices of axis {axis!r}."
         )
 
 
@@ -47,11 +52,11 @@ def _mapped(
     )
 
 
-def _sum(x: Any, axis: str | None) -> Any:
+def _sum(x: Any, axis: Axis) -> Any:
     return x if axis is None else lax.psum(x, axis)
 
 
-def _offset(axis: str | None, codes: int) -> jax.Array | int:
+def _offset(axis: Axis, codes: int) -> jax.Array | int:
     return 0 if axis is None else lax.axis_index(axis) * codes
 
 
@@ -81,8 +86,8 @@ def nearest_codes(
     codebook: jax.Array,
     *,
     mesh: Mesh,
-    vectors_axis: str | None = None,
-    codes_axis: str | None = None,
+    vectors_axis: Axis = None,
+    codes_axis: Axis = None,
     distance: str = "euclidean",
     precision: str = "float32",
     implementation: str | None = None,
@@ -122,8 +127,8 @@ def top_k_codes(
     *,
     k: int,
     mesh: Mesh,
-    vectors_axis: str | None = None,
-    codes_axis: str | None = None,
+    vectors_axis: Axis = None,
+    codes_axis: Axis = None,
     distance: str = "euclidean",
     precision: str = "float32",
     implementation: str | None = None,
@@ -158,8 +163,8 @@ def soft_assignment(
     codebook: jax.Array,
     *,
     mesh: Mesh,
-    vectors_axis: str | None = None,
-    codes_axis: str | None = None,
+    vectors_axis: Axis = None,
+    codes_axis: Axis = None,
     temperature: float | jax.Array = 1.0,
     log_weights: jax.Array | None = None,
     implementation: str | None = None,
@@ -201,8 +206,8 @@ def code_statistics(
     num_codes: int,
     *,
     mesh: Mesh,
-    vectors_axis: str | None = None,
-    codes_axis: str | None = None,
+    vectors_axis: Axis = None,
+    codes_axis: Axis = None,
     where: jax.Array | None = None,
     implementation: str | None = None,
 ) -> CodeStatistics:

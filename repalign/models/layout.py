@@ -13,11 +13,8 @@ import jax
 from jax.sharding import AxisType
 
 from repalign.kernels.attention.api import SHORT
-from repalign.numerics import on_explicit_mesh
+from repalign.numerics import BATCH_AXES, on_explicit_mesh
 from repalign.typing import Array, Float, PyTree
-
-BATCH_AXES = ("replica", "data", "fsdp")
-"""The mesh axes that split the examples of a batch."""
 
 STACK = "layers"
 """The name of parameters that are stacked along a leading axis of layers."""

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils
 
-from repalign.models.layout import BATCH_AXES
+from repalign.numerics import BATCH_AXES
 from repalign.parallel.rules import DEFAULT_RULES, MESH_AXES, AnyMesh, ShardingRules, path_name
 from repalign.registry import UserError, from_section
 from repalign.typing import PyTree

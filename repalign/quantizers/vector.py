@@ -7,11 +7,13 @@ never chosen.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from repalign.kernels import codebook as kernel
-from repalign.numerics import as_float, l2_normalize, take_rows
+from repalign.kernels.codebook import sharded
+from repalign.numerics import as_float, axes_of_examples, l2_normalize, take_rows
 from repalign.quantizers.gradients import GRADIENTS, rotate_to
 from repalign.registry import lookup
 from repalign.typing import Array, Bool, Float, Int
@@ -70,11 +72,21 @@ def nearest_indices(
 ) -> Int[Array, "*batch"]:
     """Returns the index of every vector's nearest code; ties go to the lowest. No gradient.
 
+    On an automatic mesh each device searches for the vectors of its own examples.
+
     Raises:
         ValueError: z and codes of different dimensions, an empty codebook.
     """
-    flat = kernel.nearest_codes(z.reshape(-1, z.shape[-1]), codebook, distance=distance)
-    return flat.reshape(z.shape[:-1])
+    flat = z.reshape(-1, z.shape[-1])
+    axes = axes_of_examples(z.shape[0])
+    if axes:
+        mesh = jax.sharding.get_abstract_mesh()
+        found = sharded.nearest_codes(
+            flat, codebook, mesh=mesh, vectors_axis=axes, distance=distance
+        )
+    else:
+        found = kernel.nearest_codes(flat, codebook, distance=distance)
+    return found.reshape(z.shape[:-1])
 
 
 def _mean_square(x: Float[Array, "*batch dim"]) -> Float[Array, "*batch"]:
