@@ -190,12 +190,20 @@ def what_fits(request: Request, needed: float, available: float) -> str:
         smaller = int(config.data.batch_size * 0.95 * room / (needed - here.arguments))
         if room > 0 and smaller // shards:
             advice.append(f"--config.data.batch_size={smaller // shards * shards}")
-    parts = config.optimizer.accumulate_steps * 2
-    if config.data.batch_size % parts == 0:
-        advice.append(f"--config.optimizer.accumulate_steps={parts}")
+        # The smaller batch holds accumulate_steps microbatches of this size.
+        microbatch = smaller // config.optimizer.accumulate_steps
+        parts = [
+            count
+            for count in range(2, config.data.batch_size // shards + 1)
+            if config.data.batch_size % (count * shards) == 0
+            and config.data.batch_size <= count * microbatch
+        ]
+        if parts:
+            advice.append(f"--config.optimizer.accumulate_steps={parts[0]}")
+    said = f"What should fit, by estimate: {'; or '.join(advice)}." if advice else ""
     if "remat" in config.model and config.model["remat"] != "nothing_saveable":
-        advice.append("--config.model.remat=nothing_saveable")
-    return f"What should fit, by estimate: {'; or '.join(advice)}." if advice else ""
+        said += " --config.model.remat=nothing_saveable saves memory for time."
+    return said.strip()
 
 
 def _estimate(mesh: Mapping[str, int], placed: Any, live: int, topology: Topology) -> Estimate:
