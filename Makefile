@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo docs test lint unit table tune mesh processes aot newest clean
+.PHONY: demo docs test lint unit table tune mesh processes aot interpreted newest clean
 
 demo: $(VENV)/installed  ## The REPA table at a quick setting: three rows, three seeds, real images.
 	$(BIN)/repalign reproduce repa --jobs 2 --workdir workdirs/demo --rows baseline,repa,random_teacher \
@@ -42,6 +42,10 @@ processes: $(VENV)/installed-test  ## Four real processes, one of them killed, t
 
 aot: ## Kernels and a train step compiled for TPUs that are not here, in an environment of its own.
 	./.ci/aot
+
+interpreted: ## The GPU kernels, interpreted: jax 0.12 only, so on the newest Python found.
+	NPROC=64 TESTS="tests/kernels/test_codebook_pallas.py tests/kernels/test_contrastive_pallas.py \
+	  tests/kernels/test_neighbor_pallas.py tests/kernels/test_attention_pallas.py" ./.ci/newest
 
 newest: ## The quick tests on the newest Python found, in an environment of its own.
 	./.ci/newest
