@@ -2,8 +2,9 @@
 
 A run is identified by experiment, variant, seed and the hash of its resolved config (the seed
 aside), so a finished run is found again, an interrupted one goes on where it was, and a run with a
-changed config is another run. Several processes may write at once (write-ahead log; a writer
-waits up to 30 seconds for another).
+changed config is another run. Several processes may write at once: each waits up to 30 seconds for
+another. The file keeps SQLite's rollback journal, because switching a new file to a write-ahead log
+fails at once, without waiting, when two processes do it.
 """
 
 import contextlib
@@ -192,30 +193,30 @@ class ResultsStore:
 
     def _prepare(self) -> None:
         """Creates the schema in a new file and refuses a file that has another."""
-        pragma = {
-            name: self._connection.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("application_id", "user_version", "schema_version")
-        }
-        if pragma["schema_version"] == 0:
-            self._connection.execute("PRAGMA journal_mode = WAL")
+        if self._pragma("schema_version") == 0:
             with self._transaction():
                 # Another process may have been first.
-                if self._connection.execute("PRAGMA schema_version").fetchone()[0] == 0:
+                if self._pragma("schema_version") == 0:
                     for statement in _SCHEMA.split(";")[:-1]:
                         self._connection.execute(statement)
                     self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                     self._connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-        elif pragma["application_id"] != _APPLICATION_ID:
+        # Read after the schema is known to be there: all of it came in one transaction.
+        if self._pragma("application_id") != _APPLICATION_ID:
             raise UserError(
                 f"{self.path} is an SQLite file of another program, not a results store. "
                 "Choose another workdir or move that file away."
             )
-        elif pragma["user_version"] != _SCHEMA_VERSION:
+        user_version = self._pragma("user_version")
+        if user_version != _SCHEMA_VERSION:
             raise UserError(
-                f"{self.path} has format {pragma['user_version']}; this version of repalign "
+                f"{self.path} has format {user_version}; this version of repalign "
                 f"reads format {_SCHEMA_VERSION}. Choose another workdir, or use the version that "
                 "wrote it."
             )
+
+    def _pragma(self, name: str) -> int:
+        return self._connection.execute(f"PRAGMA {name}").fetchone()[0]
 
     def __enter__(self) -> "ResultsStore":
         return self
@@ -224,7 +225,7 @@ class ResultsStore:
         self.close()
 
     def close(self) -> None:
-        """Closes the file; the last process to do so folds the write-ahead log into it."""
+        """Closes the file."""
         self._connection.close()
 
     @contextlib.contextmanager

@@ -158,6 +158,18 @@ def test_several_writers_at_once(tmp_path):
     assert values == {"variant 0": 0.0, "variant 1": 1.0}
 
 
+def test_several_make_the_same_new_store_at_once(tmp_path):
+    # Half of all rounds failed when the schema was looked for with three reads, not one.
+    def open_new(round_):
+        barrier.wait()
+        ResultsStore(tmp_path / str(round_)).close()
+
+    barrier = threading.Barrier(4)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for round_ in range(20):
+            list(pool.map(open_new, [round_] * 4))
+
+
 def foreign_database(path):
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE t (x)")
