@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import einops
 import flax.linen as nn
@@ -15,7 +15,7 @@ from repalign.kernels.attention import attention
 from repalign.models.layout import STACK, gather_parameters, split_examples, split_heads
 from repalign.numerics import as_float
 from repalign.registry import lookup
-from repalign.typing import Array, Float, PyTree, Shaped
+from repalign.typing import Array, Float, Integer, PyTree, Shaped
 
 DataFormat = Literal["NHWC", "NCHW"]
 
@@ -118,6 +118,17 @@ def heads_second(
     return einops.rearrange(fused, "... (heads qkv dim) -> ... (qkv heads dim)", qkv=3, heads=heads)
 
 
+class KeyValueCache(NamedTuple):
+    """The keys and values of the tokens that a causal transformer has read.
+
+    Attributes:
+        key, value: [batch, length, heads, dim], zeros where no token has been read.
+    """
+
+    key: Float[Array, "batch length heads dim"]
+    value: Float[Array, "batch length heads dim"]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused query-key-value projection.
 
@@ -127,15 +138,29 @@ class Attention(nn.Module):
 
     ``qk_norm`` normalises every head's queries and keys by a LayerNorm with scale and bias and
     epsilon 1e-5, as timm's ``Attention(qk_norm=True)`` does (its default ``nn.LayerNorm``).
+
+    ``causal``: token i sees tokens 0 ... i only. Such a module also reads a sequence piece by
+    piece: with ``cache``, the tokens are those from ``position`` on, they see what the cache holds
+    before them, and the cache with them in it is returned beside the output.
     """
 
     heads: int
     qk_norm: bool = False
     qkv_bias: bool = True
+    causal: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(
+        self,
+        x: Float[Array, "batch tokens width"],
+        *,
+        cache: KeyValueCache | None = None,
+        position: Integer[Array, ""] | int = 0,
+    ) -> (
+        Float[Array, "batch tokens width"]
+        | tuple[Float[Array, "batch tokens width"], KeyValueCache]
+    ):
         batch, tokens, width = x.shape
         if width % self.heads:
             raise ValueError(f"a width of {width} cannot be split over {self.heads} heads.")
@@ -147,10 +172,22 @@ class Attention(nn.Module):
         if self.qk_norm:
             query = LayerNorm(1e-5, self.dtype, name="q_norm")(query)
             key = LayerNorm(1e-5, self.dtype, name="k_norm")(key)
-        out = attention(query, key, value, partition=split_heads(query))
+        if cache is None:
+            out = attention(query, key, value, causal=self.causal, partition=split_heads(query))
+        else:
+            cache = KeyValueCache(
+                *(
+                    lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), position, axis=1)
+                    for old, new in zip(cache, (key, value), strict=True)
+                )
+            )
+            rows = position + jnp.arange(tokens)[:, None]
+            seen = jnp.arange(cache.key.shape[1]) <= rows
+            out = attention(query, *cache, mask=seen[None, None])
         out = out.reshape(batch, tokens, width)
         out = split_examples(out, hidden=True)
-        return split_examples(nn.Dense(width, name="proj", **dense)(out))
+        out = split_examples(nn.Dense(width, name="proj", **dense)(out))
+        return out if cache is None else (out, cache)
 
 
 class Mlp(nn.Module):

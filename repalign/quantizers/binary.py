@@ -30,8 +30,7 @@ class Entropies(NamedTuple):
 
 def sign_codes(bits: int) -> Float[Array, "codes bits"]:
     """Returns all sign vectors of ``bits`` dimensions, in the order of their indices."""
-    numbers = np.arange(2**bits)[:, None] >> np.arange(bits - 1, -1, -1)
-    return jnp.asarray(2.0 * (numbers & 1) - 1.0, jnp.float32)
+    return index_signs(jnp.arange(2**bits), bits=bits)
 
 
 def sign_indices(z: Float[Array, "*batch bits"]) -> Int[Array, "*batch"]:
@@ -44,6 +43,12 @@ def sign_indices(z: Float[Array, "*batch bits"]) -> Int[Array, "*batch"]:
         raise ValueError(f"an index of {z.shape[-1]} bits overflows an int32: split z in groups.")
     basis = jnp.asarray(2 ** np.arange(z.shape[-1] - 1, -1, -1), jnp.int32)
     return jnp.sum((z > 0) * basis, axis=-1, dtype=jnp.int32)
+
+
+def index_signs(indices: Int[Array, "*batch"], *, bits: int) -> Float[Array, "*batch bits"]:
+    """Returns the signs, -1 or 1, that indices of ``sign_indices`` name."""
+    shifts = jnp.arange(bits - 1, -1, -1)
+    return 2.0 * ((indices[..., None] >> shifts) & 1).astype(jnp.float32) - 1.0
 
 
 def soft_entropies(

@@ -3,11 +3,13 @@
 A bottleneck is a frozen dataclass of hyper-parameters with
 
 * ``init(key, dim) -> (params, state)``: what the optimizer trains, and what only steps renew;
-* ``apply(params, state, z) -> (Quantized, new state)``: vectors are the last axis of ``z``;
+* ``apply(params, state, z, key=None) -> (Quantized, new state)``: vectors are the last axis of
+  ``z``; a step gives a key, an evaluation none: then nothing is drawn and no state is renewed;
+* ``vectors(params, state, indices, dim)``: the quantized vectors that indices name;
 * ``codes(dim)``: how many codes there are, the range of the indices.
 
 The functions behind them are those of `repalign.quantizers`; a model that wants another bottleneck
-needs an object with these three methods.
+needs an object with these four methods.
 """
 
 import dataclasses
@@ -17,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.numerics import as_float
+from repalign.numerics import as_float, l2_normalize, take_rows
 from repalign.quantizers import binary, scalar, vector
+from repalign.quantizers.kmeans import kmeans, revive_dead_codes
 from repalign.quantizers.vector import Quantized
-from repalign.typing import Array, Float, Key, PyTree
+from repalign.typing import Array, Float, Int, Key, PyTree
 
 Variables = tuple[PyTree, PyTree]
 
@@ -50,9 +53,14 @@ class VectorQuantizer:
         return {"codebook": codebook}, {}
 
     def apply(
-        self, params: PyTree, state: PyTree, z: Float[Array, "*batch dim"]
+        self,
+        params: PyTree,
+        state: PyTree,
+        z: Float[Array, "*batch dim"],
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Quantized, PyTree]:
         """Returns the nearest codes."""
+        del key
         quantized = vector.vector_quantize(
             z,
             params["codebook"],
@@ -62,6 +70,13 @@ class VectorQuantizer:
             gradient=self.gradient,
         )
         return quantized, state
+
+    def vectors(
+        self, params: PyTree, state: PyTree, indices: Int[Array, "*batch"], dim: int
+    ) -> Float[Array, "*batch dim"]:
+        """Returns the codes of these indices."""
+        del state, dim
+        return _rows(params["codebook"], indices, self.distance)
 
     def codes(self, dim: int) -> int:
         """Returns the number of codes."""
@@ -73,12 +88,16 @@ class VectorQuantizer:
 class EmaVectorQuantizer:
     """A codebook that follows the running mean of the vectors that choose each code.
 
-    The codebook and its statistics are state; they start from a unit normal distribution. See
+    The codebook and its statistics are state. They start from a unit normal distribution or, with
+    ``kmeans_iterations``, from the k-means of the first batch. See
     `repalign.quantizers.vector.ema_update`.
 
     Attributes:
         size: number of codes.
         decay, commitment_weight, distance, gradient: as there.
+        kmeans_iterations: of Lloyd's algorithm on the vectors of the first step; 0: none.
+        revival_threshold: codes whose running count is below it move onto vectors of the batch
+            after every step (`repalign.quantizers.kmeans.revive_dead_codes`); 0: none does.
     """
 
     size: int
@@ -86,34 +105,75 @@ class EmaVectorQuantizer:
     commitment_weight: float = 0.25
     distance: str = "euclidean"
     gradient: str = "straight_through"
+    kmeans_iterations: int = 0
+    revival_threshold: float = 0.0
 
     def init(self, key: Key[Array, ""], dim: int) -> Variables:
         """Returns no parameters and the codebook with its statistics."""
         codebook = jax.random.normal(key, (self.size, dim))
         # A copy, for the state's leaves must be distinct buffers when they are donated.
         statistics = vector.init_statistics(jnp.copy(codebook))
-        return {}, {"codebook": codebook, "statistics": statistics}
+        state = {"codebook": codebook, "statistics": statistics}
+        if self.kmeans_iterations:
+            state["started"] = jnp.zeros((), jnp.bool_)
+        return {}, state
 
     def apply(
-        self, params: PyTree, state: PyTree, z: Float[Array, "*batch dim"]
+        self,
+        params: PyTree,
+        state: PyTree,
+        z: Float[Array, "*batch dim"],
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Quantized, PyTree]:
         """Returns the nearest codes of the old codebook, and the new one."""
         del params
+        codebook, statistics = state["codebook"], state["statistics"]
+        detached = lax.stop_gradient(z)
+        if key is not None and self.kmeans_iterations:
+            flat = detached.reshape(-1, z.shape[-1])
+            codebook, statistics = lax.cond(
+                state["started"],
+                lambda: (codebook, statistics),
+                lambda: kmeans(
+                    jax.random.fold_in(key, 0),
+                    flat,
+                    num_codes=self.size,
+                    iterations=self.kmeans_iterations,
+                    distance=self.distance,
+                )[:2],
+            )
         quantized = vector.vector_quantize(
             z,
-            state["codebook"],
+            codebook,
             commitment_weight=self.commitment_weight,
             distance=self.distance,
             gradient=self.gradient,
         )
+        if key is None:
+            return quantized, state
         update = vector.ema_update(
-            state["statistics"],
-            lax.stop_gradient(z),
-            quantized.indices,
-            decay=self.decay,
-            distance=self.distance,
+            statistics, detached, quantized.indices, decay=self.decay, distance=self.distance
         )
-        return quantized, {"codebook": update.codebook, "statistics": update.statistics}
+        if self.revival_threshold:
+            update = revive_dead_codes(
+                jax.random.fold_in(key, 1),
+                update.codebook,
+                update.statistics,
+                detached,
+                threshold=self.revival_threshold,
+                distance=self.distance,
+            )
+        renewed = {"codebook": update.codebook, "statistics": update.statistics}
+        if self.kmeans_iterations:
+            renewed["started"] = jnp.ones((), jnp.bool_)
+        return quantized, renewed
+
+    def vectors(
+        self, params: PyTree, state: PyTree, indices: Int[Array, "*batch"], dim: int
+    ) -> Float[Array, "*batch dim"]:
+        """Returns the codes of these indices."""
+        del params, dim
+        return _rows(state["codebook"], indices, self.distance)
 
     def codes(self, dim: int) -> int:
         """Returns the number of codes."""
@@ -157,9 +217,14 @@ class SimVQ:
         return params, {"basis": basis}
 
     def apply(
-        self, params: PyTree, state: PyTree, z: Float[Array, "*batch dim"]
+        self,
+        params: PyTree,
+        state: PyTree,
+        z: Float[Array, "*batch dim"],
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Quantized, PyTree]:
         """Returns the nearest codes of ``basis @ transform + bias``."""
+        del key
         bias = params["bias"] if self.bias else None
         if not self.train_basis:
             quantized = vector.sim_vq(
@@ -172,17 +237,26 @@ class SimVQ:
                 gradient=self.gradient,
             )
             return quantized, state
-        codebook = jnp.matmul(params["basis"], params["transform"], precision=lax.Precision.HIGHEST)
-        if bias is not None:
-            codebook = codebook + bias
         quantized = vector.vector_quantize(
             z,
-            codebook,
+            self._codebook(params, state),
             commitment_weight=self.commitment_weight * self.input_weight,
             codebook_weight=self.commitment_weight,
             gradient=self.gradient,
         )
         return quantized, state
+
+    def _codebook(self, params: PyTree, state: PyTree) -> Float[Array, "codes dim"]:
+        basis = (params if self.train_basis else state)["basis"]
+        codebook = jnp.matmul(basis, params["transform"], precision=lax.Precision.HIGHEST)
+        return codebook + params["bias"] if self.bias else codebook
+
+    def vectors(
+        self, params: PyTree, state: PyTree, indices: Int[Array, "*batch"], dim: int
+    ) -> Float[Array, "*batch dim"]:
+        """Returns the codes of these indices."""
+        del dim
+        return take_rows(self._codebook(params, state), indices)
 
     def codes(self, dim: int) -> int:
         """Returns the number of codes."""
@@ -215,12 +289,23 @@ class FSQ:
         return {}, {}
 
     def apply(
-        self, params: PyTree, state: PyTree, z: Float[Array, "*batch dim"]
+        self,
+        params: PyTree,
+        state: PyTree,
+        z: Float[Array, "*batch dim"],
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Quantized, PyTree]:
         """Returns the rounded values; the loss is 0."""
-        del params
+        del params, key
         out = scalar.fsq(z, levels=self.levels, convention=self.convention)
         return Quantized(out.quantized, out.indices, jnp.zeros(z.shape[:-1], jnp.float32)), state
+
+    def vectors(
+        self, params: PyTree, state: PyTree, indices: Int[Array, "*batch"], dim: int
+    ) -> Float[Array, "*batch dim"]:
+        """Returns the codes of these indices."""
+        del params, state, dim
+        return scalar.fsq_codes(indices, levels=self.levels)
 
     def codes(self, dim: int) -> int:
         """Returns the number of codes."""
@@ -247,15 +332,31 @@ class LFQ:
         return {}, {}
 
     def apply(
-        self, params: PyTree, state: PyTree, z: Float[Array, "*batch dim"]
+        self,
+        params: PyTree,
+        state: PyTree,
+        z: Float[Array, "*batch dim"],
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Quantized, PyTree]:
         """Returns the signs."""
-        del params
+        del params, key
         return binary.lfq(z, **dataclasses.asdict(self)), state
+
+    def vectors(
+        self, params: PyTree, state: PyTree, indices: Int[Array, "*batch"], dim: int
+    ) -> Float[Array, "*batch dim"]:
+        """Returns the codes of these indices."""
+        del params, state
+        return binary.index_signs(indices, bits=dim)
 
     def codes(self, dim: int) -> int:
         """Returns the number of codes."""
         return 2**dim
+
+
+def _rows(codebook: Array, indices: Array, distance: str) -> Array:
+    codes = take_rows(codebook, indices)
+    return l2_normalize(codes) if distance == "cosine" else codes
 
 
 def quantization_loss(losses: Float[Array, "batch *positions"]) -> Float[Array, "batch"]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from repalign.data.pixels import from_signed_range
+from repalign.data.pixels import from_signed_range, to_signed_range
 from repalign.metrics import codebook, frechet
 from repalign.metrics.reconstruction import psnr, ssim
 from repalign.registry import build
@@ -33,8 +33,8 @@ def reconstruction(
 
     Metrics: ``mse`` of pixels in [-1, 1], ``psnr`` (mean over images, dB) and ``ssim`` of the
     reconstruction clipped to that range, ``code_usage`` (share of codes in use), ``perplexity`` of
-    the codes and, with ``network``, ``reconstruction_frechet_distance``. Images and averaged
-    parameters pass the experiment's own forward pass; its state is not renewed.
+    the codes and, with ``network``, ``reconstruction_frechet_distance``. Images pass the encoder,
+    the quantizer (which draws nothing) and the decoder with the averaged parameters.
 
     Args:
         reference: source of held-out images.
@@ -59,29 +59,23 @@ def reconstruction(
         real = frechet.gaussian_statistics(embed(images))
 
     @jax.jit
-    def measure(state: TrainState, batch: Array, key: Array) -> dict[str, Array]:
-        features, _ = forward.apply(
-            evaluation_params(state),
-            {"image": batch},
-            key,
-            average=state.average,
-            frozen=state.frozen,
-            state=state.forward,
-        )
-        target = features["tokenizer/image"]
-        decoded = jnp.clip(features["tokenizer/reconstruction"], -1.0, 1.0)
-        size = bottleneck.codes(features["tokenizer/latent"].shape[-1])
+    def measure(state: TrainState, batch: Array) -> dict[str, Array]:
+        params, target = evaluation_params(state), to_signed_range(batch)
+        taps = forward.encode(params, state.forward, batch)[1]
+        decoded = jnp.clip(forward.decode(params, state.forward, taps["map"]), -1.0, 1.0)
+        size = bottleneck.codes(taps["latent"].shape[-1])
         return {
             "mse": jnp.mean(jnp.square(decoded - target), axis=(1, 2, 3)),
             "psnr": psnr(decoded, target, data_range=2.0),
             "ssim": ssim(decoded, target, data_range=2.0),
-            "counts": codebook.counts(features["tokenizer/indices"].reshape(-1), size=size),
+            "counts": codebook.counts(taps["indices"], size=size),
             "pairs": jnp.stack([from_signed_range(target), from_signed_range(decoded)]),
         }
 
     def evaluate(state: TrainState, key: Array) -> EvaluationResult:
+        del key
         parts = [
-            jax.device_get(measure(state, images[start : start + batch], key))
+            jax.device_get(measure(state, images[start : start + batch]))
             for start in range(0, len(images), batch)
         ]
         counts = jnp.asarray(np.sum([part["counts"] for part in parts], axis=0))

@@ -39,10 +39,14 @@ def tokenizer(model: Any, *, quantizer: Mapping[str, Any], flip: float = 0.0) ->
         params, state = bottleneck.init(quantizer_key, taps["latent"].shape[-1])
         return {"autoencoder": variables["params"], "quantizer": params}, state
 
-    def quantize(params: PyTree, state: PyTree, images: Array):
+    def quantize(params: PyTree, state: PyTree, images: Array, key: Key[Array, ""] | None):
         autoencoder = {"params": params["autoencoder"]}
         z = model.apply(autoencoder, images, method="encode")
-        return z, *bottleneck.apply(params["quantizer"], state, z)
+        return z, *bottleneck.apply(params["quantizer"], state, z, key)
+
+    def decode(params: PyTree, state: PyTree, quantized: Array) -> Array:
+        del state
+        return model.apply({"params": params["autoencoder"]}, quantized, method="decode")
 
     def apply(
         params: PyTree,
@@ -55,10 +59,11 @@ def tokenizer(model: Any, *, quantizer: Mapping[str, Any], flip: float = 0.0) ->
     ) -> tuple[Features, PyTree]:
         del average, frozen
         images = to_signed_range(batch["image"])
+        flip_key, quantizer_key = jax.random.split(key)
         if flip:
-            images = augment.horizontal_flip(key, images, probability=flip)
-        z, output, new_state = quantize(params, state, images)
-        decoded = model.apply({"params": params["autoencoder"]}, output.quantized, method="decode")
+            images = augment.horizontal_flip(flip_key, images, probability=flip)
+        z, output, new_state = quantize(params, state, images, quantizer_key)
+        decoded = decode(params, state, output.quantized)
         features = {
             **given_features(batch),
             "tokenizer/image": images,
@@ -71,8 +76,8 @@ def tokenizer(model: Any, *, quantizer: Mapping[str, Any], flip: float = 0.0) ->
         return features, new_state
 
     def encode(params: PyTree, state: PyTree, images: Array) -> tuple[Array, Features]:
-        z, output, _ = quantize(params, state, to_unit_range(images) * 2.0 - 1.0)
-        taps = {"latent": z, "map": output.quantized}
+        z, output, _ = quantize(params, state, to_unit_range(images) * 2.0 - 1.0, None)
+        taps = {"latent": z, "map": output.quantized, "indices": output.indices}
         return jnp.mean(output.quantized, axis=(1, 2)), taps
 
-    return Forward(init, apply, encode=encode)
+    return Forward(init, apply, encode=encode, decode=decode)

@@ -39,12 +39,15 @@ class Forward(NamedTuple):
         frozen: where those come from; None if ``apply`` needs none.
         encode: ``(params, state, images) -> (embedding, taps)``, the encoder as evaluations and
             other experiments use it, frozen; None if the pass has none.
+        decode: ``(params, state, map) -> images`` in [-1, 1], of the tap ``map`` of ``encode``; None
+            if the pass trains no tokenizer.
     """
 
     init: Callable[[Key, Batch], tuple[PyTree, PyTree]]
     apply: Callable[..., tuple[Features, PyTree]]
     frozen: FrozenParams | None = None
     encode: Callable[[PyTree, PyTree, Array], tuple[Array, Features]] | None = None
+    decode: Callable[[PyTree, PyTree, Array], Array] | None = None
 
 
 @jax.tree_util.register_dataclass

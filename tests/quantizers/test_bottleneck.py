@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repalign.quantizers import binary, bottleneck, scalar, vector
+from repalign.quantizers import binary, bottleneck, kmeans, scalar, vector
 
 KEY = jax.random.key(0)
 Z = jax.random.normal(jax.random.key(1), (2, 3, 3, 4))
@@ -40,7 +40,7 @@ def test_ema_quantizer_renews_its_state_and_nothing_else():
     quantizer = bottleneck.EmaVectorQuantizer(16, decay=0.5)
     params, state = quantizer.init(KEY, 4)
     assert params == {}
-    found, new = quantizer.apply(params, state, Z)
+    found, new = quantizer.apply(params, state, Z, KEY)
     same(found, vector.vector_quantize(Z, state["codebook"]))
     expected = vector.ema_update(state["statistics"], Z, found.indices, decay=0.5)
     np.testing.assert_allclose(new["codebook"], expected.codebook, rtol=1e-6)
@@ -48,11 +48,65 @@ def test_ema_quantizer_renews_its_state_and_nothing_else():
     assert jax.tree.structure(new) == jax.tree.structure(state)
     again, _ = quantizer.apply(params, new, Z)
     assert np.mean((again.quantized - Z) ** 2) < np.mean((found.quantized - Z) ** 2)
-    slope = jax.grad(lambda z: jnp.sum(quantizer.apply({}, state, z)[1]["codebook"]))(Z)
+    slope = jax.grad(lambda z: jnp.sum(quantizer.apply({}, state, z, KEY)[1]["codebook"]))(Z)
     assert not np.any(slope)
+    # An evaluation renews nothing.
+    jax.tree.map(np.testing.assert_array_equal, quantizer.apply(params, state, Z)[1], state)
     # A state whose leaves share a buffer could not be donated to a step.
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
     assert len(set(pointers)) == len(pointers)
+
+
+def test_an_ema_codebook_starts_from_the_k_means_of_the_first_batch():
+    quantizer = bottleneck.EmaVectorQuantizer(6, decay=0.9, kmeans_iterations=5)
+    params, state = quantizer.init(KEY, 4)
+    far = Z + 50.0
+    before, _ = quantizer.apply(params, state, far)
+    found, new = quantizer.apply(params, state, far, KEY)
+    clusters = kmeans.kmeans(
+        jax.random.fold_in(KEY, 0), far.reshape(-1, 4), num_codes=6, iterations=5
+    )
+    same(found, vector.vector_quantize(far, clusters.codebook))
+    expected = vector.ema_update(clusters.statistics, far, found.indices, decay=0.9)
+    np.testing.assert_allclose(new["codebook"], expected.codebook, rtol=1e-6)
+    assert np.mean((found.quantized - far) ** 2) < 1e-3 * np.mean((before.quantized - far) ** 2)
+    # Once only: the second step uses the codebook it was given.
+    again, _ = quantizer.apply(params, new, far, jax.random.key(5))
+    same(again, vector.vector_quantize(far, new["codebook"]))
+
+
+def test_dead_codes_move_onto_vectors_of_the_batch():
+    quantizer = bottleneck.EmaVectorQuantizer(16, decay=0.5, revival_threshold=0.6)
+    params, state = quantizer.init(KEY, 4)
+    state = {**state, "codebook": state["codebook"].at[8:].add(100.0)}
+    found, new = quantizer.apply(params, state, Z, KEY)
+    unused = np.setdiff1d(np.arange(16), np.unique(found.indices))
+    vectors = np.asarray(Z).reshape(-1, 4)
+    moved = np.asarray(new["codebook"])[unused]
+    assert len(unused) >= 8
+    assert all((np.abs(vectors - code).max(axis=1) < 1e-6).any() for code in moved)
+    np.testing.assert_allclose(new["statistics"].cluster_size[unused], 0.6)
+    same(found, vector.vector_quantize(Z, state["codebook"]))
+
+
+BOTTLENECKS = (
+    bottleneck.VectorQuantizer(16),
+    bottleneck.VectorQuantizer(16, distance="cosine"),
+    bottleneck.EmaVectorQuantizer(16),
+    bottleneck.SimVQ(16),
+    bottleneck.SimVQ(16, train_basis=True, bias=False),
+    bottleneck.FSQ((5, 5, 4, 3)),
+    bottleneck.LFQ(),
+)
+
+
+@pytest.mark.parametrize("quantizer", BOTTLENECKS, ids=repr)
+def test_indices_name_the_quantized_vectors(quantizer):
+    params, state = quantizer.init(KEY, 4)
+    found, _ = quantizer.apply(params, state, Z, KEY)
+    named = quantizer.vectors(params, state, found.indices, 4)
+    np.testing.assert_allclose(named, found.quantized, rtol=1e-6, atol=1e-6)
+    assert found.indices.min() >= 0 and found.indices.max() < quantizer.codes(4)
 
 
 @pytest.mark.parametrize("bias", [True, False])
