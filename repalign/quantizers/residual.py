@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.numerics import as_float
+from repalign.numerics import as_float, l2_normalize
 from repalign.quantizers.gradients import straight_through
 from repalign.quantizers.vector import Quantized, nearest_indices, vector_quantize
 from repalign.typing import Array, Bool, Float, Int, Key
@@ -146,6 +146,19 @@ def product_quantize(
     parts = _split_groups(as_float(z), codebooks.shape[0])
     quantized, indices, loss = lax.map(quantize_head, (parts, as_float(codebooks)))
     return Quantized(_join_groups(quantized), jnp.moveaxis(indices, 0, -1), jnp.mean(loss, axis=0))
+
+
+def product_codes(
+    codebooks: Float[Array, "heads codes code_dim"],
+    indices: Int[Array, "*batch heads"],
+    *,
+    distance: str = "euclidean",
+) -> Float[Array, "*batch dim"]:
+    """Returns the joined codes that ``indices`` of ``product_quantize`` name."""
+    codes = as_float(codebooks)[jnp.arange(codebooks.shape[0]), indices]
+    if distance == "cosine":
+        codes = l2_normalize(codes)
+    return codes.reshape(*indices.shape[:-1], -1)
 
 
 def grouped_residual_vector_quantize(

@@ -29,12 +29,13 @@ def reconstruction(
     shown: int = 10,
     batch: int = 250,
 ) -> Evaluator:
-    """Reconstruction of held-out images, and how their tokens use the codebook.
+    """Reconstruction of held-out images, and how their tokens use the codebooks.
 
     Metrics: ``mse`` of pixels in [-1, 1], ``psnr`` (mean over images, dB) and ``ssim`` of the
-    reconstruction clipped to that range, ``code_usage`` (share of codes in use), ``perplexity`` of
-    the codes and, with ``network``, ``reconstruction_frechet_distance``. Images pass the encoder,
-    the quantizer (which draws nothing) and the decoder with the averaged parameters.
+    reconstruction clipped to that range, ``code_usage`` (share of codes in use) and ``perplexity``
+    of the codes (means over a vector's codes where it has several; neither for a continuous latent)
+    and, with ``network``, ``reconstruction_frechet_distance``. Images pass the encoder, the
+    quantizer (which draws nothing) and the decoder with the averaged parameters.
 
     Args:
         reference: source of held-out images.
@@ -63,12 +64,17 @@ def reconstruction(
         params, target = evaluation_params(state), to_signed_range(batch)
         taps = forward.encode(params, state.forward, batch)[1]
         decoded = jnp.clip(forward.decode(params, state.forward, taps["map"]), -1.0, 1.0)
-        size = bottleneck.codes(taps["latent"].shape[-1])
+        latent, indices = taps["latent"], taps["indices"]
+        # One row for each code of a vector.
+        rows = indices.reshape(1, -1)
+        if indices.ndim == latent.ndim:
+            rows = indices.reshape(-1, indices.shape[-1]).T
+        count = functools.partial(codebook.counts, size=bottleneck.codes(latent.shape[-1]))
         return {
             "mse": jnp.mean(jnp.square(decoded - target), axis=(1, 2, 3)),
             "psnr": psnr(decoded, target, data_range=2.0),
             "ssim": ssim(decoded, target, data_range=2.0),
-            "counts": codebook.counts(taps["indices"], size=size),
+            "counts": jax.vmap(count)(rows),
             "pairs": jnp.stack([from_signed_range(target), from_signed_range(decoded)]),
         }
 
@@ -83,8 +89,9 @@ def reconstruction(
         metrics = {
             name: float(np.mean([part[name] for part in parts])) for name in ("mse", "psnr", "ssim")
         }
-        metrics["code_usage"] = float(codebook.usage(counts))
-        metrics["perplexity"] = float(codebook.perplexity(counts))
+        if counts.shape[1]:
+            metrics["code_usage"] = float(jnp.mean(jax.vmap(codebook.usage)(counts)))
+            metrics["perplexity"] = float(jnp.mean(jax.vmap(codebook.perplexity)(counts)))
         if embed is not None:
             decoded = frechet.gaussian_statistics(embed(pairs[1]))
             metrics["reconstruction_frechet_distance"] = frechet.frechet_distance(decoded, real)

@@ -19,9 +19,10 @@ def tokenizer(model: Any, *, quantizer: Mapping[str, Any], flip: float = 0.0) ->
 
     Features: ``tokenizer/image`` and ``tokenizer/reconstruction`` [batch, height, width, channels]
     in [-1, 1], ``tokenizer/latent`` and ``tokenizer/quantized`` [batch, rows, columns, dim],
-    ``tokenizer/indices`` [batch, rows, columns], and the quantizer's own loss of every vector,
-    ``tokenizer/loss`` [batch, rows, columns]. The reconstruction's gradient passes the quantizer as
-    it is configured to; the latent's own does not.
+    ``tokenizer/indices`` [batch, rows, columns] (and an axis more where a vector has several), and
+    the quantizer's own loss of every vector, ``tokenizer/loss`` [batch, rows, columns]. The
+    reconstruction's gradient passes the quantizer as it is configured to; the latent's own does
+    not.
 
     Args:
         model: has ``encode``, ``decode`` and a ``__call__`` of both, such as
@@ -78,6 +79,7 @@ def tokenizer(model: Any, *, quantizer: Mapping[str, Any], flip: float = 0.0) ->
     def encode(params: PyTree, state: PyTree, images: Array) -> tuple[Array, Features]:
         z, output, _ = quantize(params, state, to_unit_range(images) * 2.0 - 1.0, None)
         taps = {"latent": z, "map": output.quantized, "indices": output.indices}
-        return jnp.mean(output.quantized, axis=(1, 2)), taps
+        vectors = output.quantized.reshape(len(images), -1, output.quantized.shape[-1])
+        return jnp.mean(vectors, axis=1), taps
 
     return Forward(init, apply, encode=encode, decode=decode)

@@ -169,6 +169,40 @@ def test_the_evaluator_measures_reconstructions_and_codes():
     np.testing.assert_array_equal(arrays["reconstructions"][0], IMAGES[:4])
 
 
+OTHERS = {
+    "product": {"name": "quantizers.composite_bottleneck.ProductQuantizer", "heads": 2, "size": 8},
+    "bits": {"name": "quantizers.composite_bottleneck.BernoulliQuantizer"},
+    "gaussian": {"name": "quantizers.continuous_bottleneck.GaussianLatent"},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_evaluator_measures_several_codes_a_vector_and_none(name):
+    raw = ConfigDict(tiny("sim_vq").raw.to_dict())
+    raw.forward.quantizer = OTHERS[name]
+    experiment = assemble(raw.lock())
+    context = EvaluationContext(experiment, images(), pathlib.Path("unused"))
+    evaluator = evaluate_tokenizer.reconstruction(
+        context, reference={"name": "test_forward_tokenizer:images"}, examples=4
+    )
+    spec = loop.batch_spec(experiment, images().columns)
+    state = jax.jit(loop.initializer(experiment, 10), compiler_options=QUICK)(
+        jax.random.key(0), loop.zeros(spec)
+    )
+    metrics, _ = evaluator(state, jax.random.key(0))
+    if name == "gaussian":
+        assert set(metrics) == {"mse", "psnr", "ssim"}
+        return
+    code, taps = experiment.forward.encode(state.average, state.forward, jnp.asarray(IMAGES[:4]))
+    assert code.shape == (4, 16)
+    indices = np.asarray(taps["indices"]).reshape(4 * 36, -1)
+    size = 8 if name == "product" else 2
+    usage = [len(np.unique(row)) / size for row in indices.T]
+    assert len(usage) == (2 if name == "product" else 16)
+    assert metrics["code_usage"] == pytest.approx(np.mean(usage))
+    assert 1 <= metrics["perplexity"] <= size
+
+
 def test_mistakes_are_named():
     raw = ConfigDict(configs.load_config("vq_vae:fsq").to_dict())
     raw.forward.quantizer.name = "quantizers.bottleneck.FSK"
