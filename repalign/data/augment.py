@@ -274,7 +274,8 @@ class ViewRecipe:
 
     Attributes:
         size: height and width of the view; ``None`` keeps the image's.
-        crop_scale: range of the window's share of the area.
+        crop_scale: range of the window's share of the area; ``None`` leaves the crop out, and with
+            it any change of size.
         flip: probability of a mirror image.
         jitter: probability of the colour jitter, with strengths ``brightness`` ... ``hue``.
         grayscale, blur, solarize: probabilities.
@@ -282,7 +283,7 @@ class ViewRecipe:
     """
 
     size: int | None = None
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: tuple[float, float] | None = (0.08, 1.0)
     flip: float = 0.5
     jitter: float = 0.8
     brightness: float = 0.8
@@ -294,11 +295,17 @@ class ViewRecipe:
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.crop_scale is None and self.size is not None:
+            raise ValueError(f"size={self.size} needs a crop, and crop_scale is None.")
+
     def __call__(
         self, key: Key[Array, ""], images: Images
     ) -> Float[Array, "batch height_out width_out channels"]:
         keys = jax.random.split(key, 6)
-        out = random_resized_crop(keys[0], images, size=self.size, scale=self.crop_scale)
+        out = images
+        if self.crop_scale is not None:
+            out = random_resized_crop(keys[0], images, size=self.size, scale=self.crop_scale)
         if self.flip:
             out = horizontal_flip(keys[1], out, probability=self.flip)
         if self.jitter:

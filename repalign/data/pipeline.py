@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from repalign.data.sources import Record, Source
+from repalign.data.sources import Record, ReplicaSources, Source
 from repalign.registry import UserError
 
 State = dict[str, Any]
@@ -59,6 +59,7 @@ class TrainingBatches:
         seed: the order; give this or ``replicas``.
         replicas: the orders of several replicas. Every column then has shape
             ``[len(replicas), batch, ...]``, and row ``r`` is what ``seed=replicas[r]`` gives.
+            Of a `repalign.data.sources.ReplicaSources` each replica reads its own columns.
         total_steps: the number of batches; ``None`` does not end.
         rows: the rows of a global batch that are made, in this order; ``None`` is all of them (see
             `repalign.parallel.distributed.local_rows`).
@@ -121,6 +122,8 @@ class TrainingBatches:
         if self.replicas is None:
             return self.source.gather(self.indices(step, self.seed))
         indices = np.stack([self.indices(step, seed) for seed in self.replicas])
+        if isinstance(self.source, ReplicaSources):
+            return self.source.gather_each(indices)
         rows = self.source.gather(indices.ravel())
         return {name: row.reshape(*indices.shape, *row.shape[1:]) for name, row in rows.items()}
 

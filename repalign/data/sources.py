@@ -66,7 +66,7 @@ class ArraySource:
         return self._size
 
     def __getitem__(self, index: int) -> Record:
-        return {name: array[index] for name, array in self.arrays.items()}
+        return {name: np.asarray(array[index]) for name, array in self.arrays.items()}
 
     def gather(self, indices: Indices) -> Record:
         """Returns copies of the rows ``indices`` (in that order, repeats allowed)."""
@@ -82,6 +82,48 @@ class ArraySource:
     def select(self, indices: Indices | slice) -> "ArraySource":
         """Returns the source of the rows ``indices``; a slice shares memory."""
         return ArraySource({name: array[indices] for name, array in self.arrays.items()})
+
+
+class ReplicaSources:
+    """The same examples for every replica of a run, with columns that differ between replicas.
+
+    Such columns come from what each seed trained before: its own old model, its own teacher.
+
+    Args:
+        shared: the columns that all replicas have in common.
+        own: for each replica, in order, the columns of its own; the same names and shapes in all.
+
+    Raises:
+        ValueError: no replicas, or their columns differ in names, shapes or dtypes.
+    """
+
+    def __init__(
+        self, shared: ArraySource, own: Sequence[Mapping[str, Shaped[np.ndarray, "_ ..."]]]
+    ):
+        self.shared = shared
+        self.replicas = tuple(shared.with_columns(**columns) for columns in own)
+        described = [replica.columns for replica in self.replicas]
+        if not described or any(one != described[0] for one in described):
+            raise ValueError(f"replicas need equal columns; they were given {described}.")
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        return self.replicas[0].columns
+
+    def __len__(self) -> int:
+        return len(self.shared)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.shared[index]
+
+    def gather(self, indices: Indices) -> Record:
+        """Returns the rows ``indices`` of the shared columns."""
+        return self.shared.gather(indices)
+
+    def gather_each(self, indices: Int[np.ndarray, "replicas batch"]) -> Record:
+        """Returns every column [replicas, batch, ...]: of replica r its rows ``indices[r]``."""
+        rows = [replica.gather(own) for replica, own in zip(self.replicas, indices, strict=True)]
+        return {name: np.stack([row[name] for row in rows]) for name in self.columns}
 
 
 class TfdsSource:

@@ -39,8 +39,8 @@ class Forward(NamedTuple):
         frozen: where those come from; None if ``apply`` needs none.
         encode: ``(params, state, images) -> (embedding, taps)``, the encoder as evaluations and
             other experiments use it, frozen; None if the pass has none.
-        decode: ``(params, state, map) -> images`` in [-1, 1], of the tap ``map`` of ``encode``; None
-            if the pass trains no tokenizer.
+        decode: ``(params, state, map) -> images`` in [-1, 1], of the tap ``map`` of ``encode``;
+            None if the pass trains no tokenizer.
     """
 
     init: Callable[[Key, Batch], tuple[PyTree, PyTree]]

@@ -122,6 +122,13 @@ def test_views_are_independent_and_repeatable():
     assert (make(jax.random.key(1), IMAGES)[0] != first).any()
 
 
+def test_a_recipe_without_crop_leaves_the_pixels_where_they_are():
+    recipe = augment.ViewRecipe(crop_scale=None, flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0)
+    np.testing.assert_array_equal(recipe(KEY, jnp.asarray(IMAGES)), IMAGES)
+    with pytest.raises(ValueError, match="size=8 needs a crop"):
+        augment.ViewRecipe(size=8, crop_scale=None)
+
+
 def test_multi_crop_under_vmap_on_grey_images():
     plain = augment.ViewRecipe(flip=0.0, jitter=0.0, blur=0.0)
     make = functools.partial(

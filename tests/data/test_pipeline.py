@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from repalign.data.pipeline import DeviceLoader, EvaluationBatches, Loader, TrainingBatches
-from repalign.data.sources import ArraySource
+from repalign.data.sources import ArraySource, ReplicaSources
 from repalign.registry import UserError
 
 SOURCE = ArraySource({"index": np.arange(23, dtype=np.int32), "image": np.ones((23, 2, 2, 1))})
@@ -151,3 +151,20 @@ def test_mistakes_are_named(arguments, message):
 def test_rows_that_the_batch_does_not_have_are_refused(rows):
     with pytest.raises(ValueError, match="are not rows of a batch of 4"):
         TrainingBatches(SOURCE, batch_size=4, seed=0, rows=np.array(rows, int))
+
+
+def test_replicas_read_columns_of_their_own_in_their_own_order():
+    own = [{"old/value": np.arange(23) + 100 * replica} for replica in (1, 2)]
+    source = ReplicaSources(SOURCE, own)
+    batch = TrainingBatches(source, batch_size=5, replicas=(3, 8))[6]
+    assert {name: column.shape[:2] for name, column in batch.items()} == dict.fromkeys(
+        source.columns, (2, 5)
+    )
+    for replica, seed in enumerate((3, 8)):
+        alone = TrainingBatches(SOURCE.with_columns(**own[replica]), batch_size=5, seed=seed)[6]
+        np.testing.assert_array_equal(batch["index"][replica], alone["index"])
+        np.testing.assert_array_equal(batch["old/value"][replica], alone["old/value"])
+    assert set(source.gather(np.array([4, 0]))) == set(SOURCE.columns)  # What all have in common.
+    assert len(source) == 23 and set(source[2]) == set(SOURCE.columns)
+    with pytest.raises(ValueError, match="replicas need equal columns"):
+        ReplicaSources(SOURCE, [own[0], {"old/value": np.zeros((23, 2))}])
