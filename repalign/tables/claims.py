@@ -78,7 +78,7 @@ class Verdict:
         outcome: ``holds`` if the interval lies wholly on the claimed side of zero,
             ``does not hold`` if wholly on the other side, ``undecided`` otherwise.
         test: estimate, interval, p-value and n; None if it could not be computed.
-        differences: row minus what it is compared with, by seed.
+        differences: row minus what it is compared with (the margin included), by seed.
         reason: why the claim is undecided; empty if it is not.
     """
 
@@ -93,11 +93,15 @@ class Verdict:
 class Claim:
     """``metric`` of ``row`` is less (greater) than that of ``than_row``, or than ``than``.
 
+    With a margin it is compared with that plus the margin: "at most one point worse than the other
+    row" is ``Greater(metric, row, than_row, margin=-0.01)``.
+
     Attributes:
         metric: the name of a column of the table.
         row: the title of a row.
         than_row: the title of the row it is compared with.
         than: or the constant it is compared with; exactly one of the two.
+        margin: added to the value of ``than_row``; 0 with ``than``.
         label: a sentence in place of the text that is made from the fields.
     """
 
@@ -105,6 +109,7 @@ class Claim:
     row: str
     than_row: str | None = None
     than: int | float | None = None
+    margin: int | float = 0.0
     label: str = ""
 
     _sign: ClassVar[int]
@@ -115,6 +120,8 @@ class Claim:
             raise ValueError(f"{self.metric}: a claim needs exactly one of than_row and than.")
         if self.row == self.than_row:
             raise ValueError(f"{self.metric}: the row {self.row!r} is compared with itself.")
+        if self.margin and self.than_row is None:
+            raise ValueError(f"{self.metric}: a margin needs than_row; add it to than instead.")
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -124,6 +131,8 @@ class Claim:
     def text(self) -> str:
         """The label, or e.g. ``frechet_distance: SiT + REPA < SiT``."""
         other = self.than_row if self.than_row is not None else f"{self.than:g}"
+        if self.margin:
+            other += f" {'+' if self.margin > 0 else '-'} {abs(self.margin):g}"
         return self.label or f"{self.metric}: {self.row} {self._symbol} {other}"
 
     def judge(
@@ -144,7 +153,7 @@ class Claim:
         for seed in seeds:
             sides = [measurements[row][seed] for row in self.rows if seed in measurements[row]]
             if len(sides) == len(self.rows) and not any(map(_unusable, sides)):
-                other = sides[1].value if self.than is None else self.than
+                other = sides[1].value + self.margin if self.than is None else self.than
                 differences[seed] = sides[0].value - other
         if len(seeds) < 2:
             faults.append(f"{len(seeds)} seed: an interval needs at least 2")

@@ -147,6 +147,39 @@ class ShareOfGain:
 
 
 @dataclasses.dataclass(frozen=True)
+class Difference:
+    """``metric`` of a row less that of the reference row, in their final values, seed by seed.
+
+    Attributes:
+        metric: a recorded metric.
+        reference: title of the row that is subtracted; None for the row itself.
+        minus: the metric of it; None for ``metric``.
+
+    Raises:
+        ValueError: neither is given: the difference of a value from itself.
+    """
+
+    metric: str
+    reference: str | None = None
+    minus: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.reference is None and self.minus in (None, self.metric):
+            raise ValueError(f"{self.metric}: a difference needs a reference row or a metric.")
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return () if self.reference is None else (self.reference,)
+
+    def __call__(self, row: Result, others: Mapping[str, Result]) -> Measurement | None:
+        reference = row if self.reference is None else others[self.reference]
+        minus = self.minus or self.metric
+        if self.metric not in row.curves or minus not in reference.curves:
+            return None
+        return Measurement(row.curves[self.metric].final - reference.curves[minus].final)
+
+
+@dataclasses.dataclass(frozen=True)
 class Column:
     """One column of a table.
 
@@ -156,7 +189,8 @@ class Column:
         unit: shown in the heading.
         digits: no more decimals than these are shown.
         better: ``lower`` or ``higher`` if one is better; marked in the heading.
-        derive: computes the column from the curves of several rows.
+        derive: computes the column from the curves of several rows; or, by row title, what computes
+            it for that row (a gain over a reference of its own): other rows have no value then.
     """
 
     name: str
@@ -164,7 +198,7 @@ class Column:
     unit: str = ""
     digits: int | None = None
     better: str | None = None
-    derive: Derivation | None = None
+    derive: Derivation | Mapping[str, Derivation] | None = None
 
     def __post_init__(self) -> None:
         if self.better is not None:
@@ -185,9 +219,24 @@ class Column:
         if self.derive is None:
             curves = result.curves
             return Measurement(curves[self.name].final) if self.name in curves else None
-        if any(seed not in results[name] for name in self.derive.rows):
+        derive = self.derive
+        if isinstance(derive, Mapping):
+            if row not in derive:
+                return None
+            derive = derive[row]
+        if any(seed not in results[name] for name in derive.rows):
             return None
-        return self.derive(result, {name: results[name][seed] for name in self.derive.rows})
+        return derive(result, {name: results[name][seed] for name in derive.rows})
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Titles of all rows that the column speaks of by name."""
+        if self.derive is None:
+            return ()
+        if isinstance(self.derive, Mapping):
+            read = (row for derive in self.derive.values() for row in derive.rows)
+            return (*self.derive, *read)
+        return self.derive.rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +275,7 @@ class Table:
         if self.seeds < 1:
             raise ValueError(f"a table needs at least one seed, got {self.seeds}.")
         for column in columns:
-            for row in column.derive.rows if column.derive else ():
+            for row in column.rows:
                 lookup(self.rows, row, kind=f"row in the column {column.name!r}")
         for claim in self.claims:
             lookup(by_name, claim.metric, kind="column in a claim")

@@ -53,6 +53,10 @@ def test_paired_difference_refuses_what_it_cannot_test(differences):
         (Less("loss", "new", than=1.5), "holds"),
         (Greater("loss", "new", than=1.5), "does not hold"),
         (Less("loss", "new", than=1.0), "undecided"),
+        (Less("loss", "old", "new", margin=1.2), "holds"),
+        (Less("loss", "new", "old", margin=-1.2), "does not hold"),
+        (Greater("loss", "new", "old", margin=-1.2), "holds"),
+        (Greater("loss", "new", "old", margin=-1.03), "undecided"),
     ],
 )
 def test_verdict(claim, outcome):
@@ -110,10 +114,15 @@ def test_a_value_that_cannot_enter_the_test_is_undecided(bad, reason):
 def test_text_is_made_from_the_fields_or_given():
     assert Less("fid", "A", "B").text() == "fid: A < B"
     assert Greater("fid", "A", than=0.5).text() == "fid: A > 0.5"
+    assert Greater("fid", "A", "B", margin=-0.01).text() == "fid: A > B - 0.01"
+    assert Less("fid", "A", "B", margin=2).text() == "fid: A < B + 2"
     assert Greater("fid", "A", than=0.5, label="A is large").text() == "A is large"
 
 
-@pytest.mark.parametrize("arguments", [{}, {"than_row": "B", "than": 1.0}, {"than_row": "A"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"than_row": "B", "than": 1.0}, {"than_row": "A"}, {"than": 1.0, "margin": 0.1}],
+)
 def test_a_claim_compares_with_exactly_one_other_thing(arguments):
     with pytest.raises(ValueError, match="fid"):
         Less("fid", "A", **arguments)

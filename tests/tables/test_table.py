@@ -8,6 +8,7 @@ from repalign.tables.claims import Less, Measurement
 from repalign.tables.table import (
     Column,
     Curve,
+    Difference,
     Result,
     ShareOfGain,
     StepsToReach,
@@ -75,6 +76,31 @@ def test_share_of_gain():
     assert math.isnan(share(others["old"], {"old": others["old"], "new": others["old"]}).value)
 
 
+def test_difference_from_another_row_and_from_another_metric():
+    row = Result({"before": curve([0.5, 0.9]), "after": curve([0.2, 0.6])})
+    other = Result({"before": curve([0.4, 0.8])})
+    assert Difference("before", "old")(row, {"old": other}).value == pytest.approx(0.1)
+    assert Difference("before", minus="after")(row, {}).value == pytest.approx(0.3)
+    assert Difference("after", "old", "before")(row, {"old": other}).value == pytest.approx(-0.2)
+    assert Difference("after", "old")(row, {"old": other}) is None
+    with pytest.raises(ValueError, match="needs a reference row or a metric"):
+        Difference("before", minus="before")
+
+
+def test_each_row_of_a_column_can_have_a_reference_of_its_own():
+    gain = Column("gain", derive={"SiT + REPA": Difference("fid", "SiT")})
+    own = table(columns=("fid", gain), claims=(Less("gain", "SiT + REPA", than=0.0),))
+    results = {
+        "SiT": {0: result(2.0), 1: result(2.5)},
+        "SiT + REPA": {0: result(1.5), 1: result(1.75)},
+    }
+    cells = evaluate(own, results, experiment="repa").cells
+    assert cells["SiT"]["gain"] == {}
+    assert cells["SiT + REPA"]["gain"] == {0: Measurement(-0.5), 1: Measurement(-0.75)}
+    without = evaluate(own, {"SiT + REPA": results["SiT + REPA"]}, experiment="repa")
+    assert without.cells["SiT + REPA"]["gain"] == {}
+
+
 def table(**changes):
     fields = {
         "paper": 0,
@@ -125,6 +151,7 @@ def test_evaluate_names_the_nearest_row(arguments):
         ({"claims": (Less("fid", "SiT", "SiT+REPA"),)}, "Did you mean 'SiT \\+ REPA'"),
         ({"reported": {"Sit": {"fid": 1.0}}}, "Did you mean 'SiT'"),
         ({"columns": (Column("x", derive=ShareOfGain("fid", "SiT", "DiT")),)}, "column 'x'"),
+        ({"columns": (Column("x", derive={"DiT": Difference("fid", "SiT")}),)}, "column 'x'"),
     ],
 )
 def test_a_name_that_the_table_lacks_is_an_error(changes, message):
