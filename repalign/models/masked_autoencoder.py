@@ -45,7 +45,9 @@ class MaskedDecoder(nn.Module):
         *,
         grid: tuple[int, int],
     ) -> tuple[Float[Array, "batch tokens values"], dict[str, Array]]:
-        """Returns the predictions, float32, in the order of the image's patches, and no taps.
+        """Returns the predictions, float32, in the order of the image's patches, and a tap.
+
+        The tap ``decoded`` [batch, tokens, width] is what the predictions are a linear map of.
 
         Args:
             cls: encoding of the class token.
@@ -69,7 +71,8 @@ class MaskedDecoder(nn.Module):
         block = functools.partial(ViTBlock, self.heads, self.mlp_ratio, dtype=self.dtype)
         x, _ = Blocks(block, self.depth, (), self.scan, self.remat, name="blocks")(x)
         x = LayerNorm(dtype=self.dtype, name="norm")(x[:, 1:])
-        return nn.Dense(self.values, name="predictions", **dense)(x).astype(jnp.float32), {}
+        predictions = nn.Dense(self.values, name="predictions", **dense)(x)
+        return predictions.astype(jnp.float32), {"decoded": x}
 
 
 class MaskedAutoencoder(nn.Module):
@@ -93,7 +96,7 @@ class MaskedAutoencoder(nn.Module):
         visible: Integer[Array, "batch visible"],
         restore: Integer[Array, "batch tokens"],
     ) -> tuple[Float[Array, "batch tokens values"], dict[str, Array]]:
-        """Returns the predicted patches and the encoder's outputs and taps.
+        """Returns the predicted patches, the encoder's outputs and taps, and the decoder's tap.
 
         Args:
             images: cut into patches by the encoder.
@@ -102,7 +105,7 @@ class MaskedAutoencoder(nn.Module):
         encoder = self.encoder
         grid = (images.shape[1] // encoder.patch_size, images.shape[2] // encoder.patch_size)
         encoded, taps = encoder(images, visible=visible)
-        predictions, _ = MaskedDecoder(
+        predictions, decoder_taps = MaskedDecoder(
             encoder.patch_size**2 * images.shape[-1],
             self.width,
             self.depth,
@@ -112,4 +115,4 @@ class MaskedAutoencoder(nn.Module):
             dtype=encoder.dtype,
             name="decoder",
         )(encoded["cls"], encoded["patches"], restore, grid=grid)
-        return predictions, {**encoded, **taps}
+        return predictions, {**encoded, **taps, **decoder_taps}

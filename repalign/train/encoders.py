@@ -39,14 +39,19 @@ class Encoder(NamedTuple):
     params: PyTree
 
 
-def trained_encoder(config: str, cache: pathlib.Path) -> Encoder:
+def trained_encoder(config: str, cache: pathlib.Path, *, seed: int | None = None) -> Encoder:
     """Returns the encoder of an experiment, training it first unless the cache holds it.
 
     Args:
         config: the experiment, ``key:variant``; its model is the encoder.
         cache: a directory.
+        seed: trains with this seed in place of the config's own.
     """
-    experiment = assemble(configs.load_config(config))
+    raw = configs.load_config(config)
+    if seed is not None:
+        with raw.unlocked():
+            raw.seed = seed
+    experiment = assemble(raw)
     name = pathlib.PurePath(config).name.replace(":", "-")
     name = f"{name}-{configs.digest(experiment.raw)[:12]}"
     directory = cache / "encoders" / name
@@ -115,20 +120,58 @@ def tokens(
         seed: of the random weights and of the derangement.
     """
     control_function = lookup(_CONTROLS, control, kind="teacher control")
-    description = json.dumps([encoder, config, tap, seed if encoder == "random" else 0])
-    fingerprint = hashlib.sha256(description.encode())
-    if config:
-        fingerprint.update(configs.digest(configs.load_config(config)).encode())
     images = source.arrays["image"]
+    own_seed = seed if encoder == "random" else None
+
+    def compute() -> np.ndarray:
+        network = frozen_encoder(encoder, images, cache, config=config, seed=own_seed)
+        return standardized(encode(network, images, tap=tap))
+
+    values = _kept(cache, [encoder, config, tap, own_seed or 0], images, compute)
+    return control_function(values, seed)
+
+
+def embeddings(
+    images: np.ndarray, cache: pathlib.Path, *, encoder: str, config: str = "", seed: int
+) -> np.ndarray:
+    """Returns the embeddings [N, dim], float32, of images by a frozen encoder; kept in the cache.
+
+    Args:
+        images: uint8.
+        cache: keeps the encoder and the embeddings.
+        encoder, config, seed: see `frozen_encoder`.
+    """
+
+    def compute() -> np.ndarray:
+        network = frozen_encoder(encoder, images, cache, config=config, seed=seed)
+        return encode(network, images).astype(np.float32)
+
+    return _kept(cache, [encoder, config, "embedding", seed], images, compute)
+
+
+def _kept(
+    cache: pathlib.Path,
+    description: list[Any],
+    images: np.ndarray,
+    compute: Callable[[], np.ndarray],
+) -> np.ndarray:
+    """Returns what was computed of these images, now or before; a second process waits for it.
+
+    The description is that of an encoder; its second entry names the experiment, if there is one.
+    """
+    fingerprint = hashlib.sha256(json.dumps(description).encode())
+    if description[1]:
+        fingerprint.update(configs.digest(configs.load_config(description[1])).encode())
     fingerprint.update(np.ascontiguousarray(images).data)
     path = cache / "columns" / f"{fingerprint.hexdigest()[:24]}.npy"
-    if not path.exists():
-        values = encode(_make_encoder(encoder, config, images, cache, seed), images, tap=tap)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, standardized(values))
-        partial.rename(path)
-    return control_function(np.load(path), seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = path.with_suffix(".partial.npy")
+            np.save(partial, compute())
+            partial.rename(path)
+    return np.load(path)
 
 
 def standardized(tokens: np.ndarray) -> np.ndarray:
@@ -177,11 +220,22 @@ def _efficientnet_lite0() -> Encoder:
     return Encoder(apply, efficientnet.efficientnet_lite0_stages()[1])
 
 
-def _make_encoder(
-    encoder: str, config: str, images: np.ndarray, cache: pathlib.Path, seed: int
+def frozen_encoder(
+    encoder: str, images: np.ndarray, cache: pathlib.Path, *, config: str, seed: int | None
 ) -> Encoder:
+    """Returns an encoder by name.
+
+    Args:
+        encoder: ``trained`` or ``random`` (of the experiment ``config``), or
+            ``efficientnet_lite0``.
+        images: in whose shape a random encoder is made.
+        cache: keeps a trained encoder.
+        config: the experiment whose model is the encoder.
+        seed: of the training or of the random weights; None trains with the config's own.
+            A pretrained encoder has no seed.
+    """
     makers = {
-        "trained": lambda: trained_encoder(config, cache),
+        "trained": lambda: trained_encoder(config, cache, seed=seed),
         "random": lambda: random_encoder(config, images, seed=seed),
         "efficientnet_lite0": _efficientnet_lite0,
     }

@@ -1,14 +1,17 @@
 """An experiment ready to run: config checked, parts built, nothing compiled or read yet."""
 
 import dataclasses
+import inspect
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import ml_collections
 import optax
 
-from repalign.registry import UserError, build, check_section
+from repalign.data.sources import ReplicaSources
+from repalign.registry import UserError, build, check_section, resolve
 from repalign.train import config as configs
 from repalign.train import terms
 from repalign.train.objective import Objective
@@ -70,13 +73,38 @@ class Experiment:
         return spec
 
     def source(self, cache: pathlib.Path) -> Any:
-        """Returns the data with its further columns, computed now or read from the cache."""
+        """Returns the data with its further columns, computed now or read from the cache.
+
+        A column whose function takes ``run_seed`` as its third parameter depends on what that seed
+        trained before (an old model, a teacher of its own): with replicas each has its own.
+        """
         source = build(self.config.data.source, place="config.data.source")
-        columns = {
-            name: build(section, source, cache, place=f"config.data.columns.{name}")
-            for name, section in self.config.data.columns.items()
-        }
-        return source.with_columns(**columns) if columns else source
+        sections = self.config.data.columns
+        own = {name for name, section in sections.items() if _takes_run_seed(section)}
+
+        def columns(names: Iterable[str], *given: Any) -> dict[str, Any]:
+            return {
+                name: build(sections[name], *given, place=f"config.data.columns.{name}")
+                for name in names
+            }
+
+        shared = columns((name for name in sections if name not in own), source, cache)
+        if shared:
+            source = source.with_columns(**shared)
+        if not own:
+            return source
+        each = [columns(sorted(own), source, cache, seed) for seed in self.config.seeds]
+        if len(each) == 1:
+            return source.with_columns(**each[0])
+        return ReplicaSources(source, each)
+
+
+def _takes_run_seed(section: configs.Section) -> bool:
+    """Whether a column's function takes the seed; a section without a name is refused elsewhere."""
+    if "name" not in section:
+        return False
+    parameters = inspect.signature(resolve(section["name"])).parameters
+    return list(parameters)[2:3] == ["run_seed"]
 
 
 def assemble(raw: ml_collections.ConfigDict) -> Experiment:
@@ -91,7 +119,8 @@ def assemble(raw: ml_collections.ConfigDict) -> Experiment:
     objective = Objective(tuple(terms.from_config(config.objective)))
     sections = {"config.data.source": (config.data.source, 0)}
     for name, section in config.data.columns.items():
-        sections[f"config.data.columns.{name}"] = (section, 2)
+        given = 3 if _takes_run_seed(section) else 2
+        sections[f"config.data.columns.{name}"] = (section, given)
     for kind in ("metrics", "final_metrics"):
         for name, section in getattr(config.evaluation, kind).items():
             sections[f"config.evaluation.{kind}.{name}"] = (section, 1)

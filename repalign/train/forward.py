@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from repalign.data import augment
 from repalign.data.pixels import to_signed_range, to_unit_range
 from repalign.generation import flow as flows
-from repalign.models.heads import LinearClassifier, MLPHead
-from repalign.registry import UserError, build, from_section, lookup
+from repalign.models.heads import LinearClassifier
+from repalign.registry import build, from_section, lookup
+from repalign.train.forward_views import projection_head, several_views
 from repalign.train.modules import (
     apply_module,
     embedding,
-    encode_images,
+    encode_with_head,
     given_features,
-    init_module,
+    init_encoder_and_head,
 )
 from repalign.train.state import Batch, Forward, FrozenParams
 from repalign.typing import Array, Features, Float, Key, PyTree
@@ -140,7 +141,8 @@ def two_views(
     Features: ``view_0/embedding``, ``view_1/embedding`` [batch, head_features], not normalised, and
     the encoder's outputs before the head, ``view_0/encoder`` and ``view_1/encoder``. With a
     predictor also ``view_0/prediction``, ...; with ``momentum`` also ``view_0/target``, ...: the
-    embeddings of the averaged encoder and head, stop-gradiented (BYOL, MoCo, TiCo).
+    embeddings of the averaged encoder and head, stop-gradiented (BYOL, MoCo, TiCo). It is
+    `repalign.train.forward_views.views`, which see, with two views.
 
     Args:
         model: maps images in [0, 1] to ``(embedding, taps)``, or a transformer, whose class token
@@ -149,67 +151,27 @@ def two_views(
         view: the fields of `repalign.data.augment.ViewRecipe` that differ from SimCLR's.
         second_view: the same for the second view, if it has a recipe of its own.
         head_hidden, head_features, head_layers, head_norm, head_norm_last: the projection head, a
-            `repalign.models.heads.MLPHead`.
+            `repalign.models.heads.MLPHead`. Without layers there is no head: the embedding is the
+            encoder's output.
         predictor_hidden: hidden width of an MLP from embeddings to embeddings (BYOL, SimSiam); None
             for none.
         momentum: whether the averaged parameters give targets; ``optimizer.average_decay`` has to
             be set.
     """
-    head = MLPHead(head_features, head_hidden, head_layers, head_norm, head_norm_last)
     first = from_section(augment.ViewRecipe, view, place="config.forward.view")
     second = first
     if second_view is not None:
         second = from_section(augment.ViewRecipe, second_view, place="config.forward.second_view")
-    predictor = None
-    if predictor_hidden is not None:
-        predictor = MLPHead(features=head_features, hidden=predictor_hidden)
-    encoder_and_head = _encoder_and_head_init(model, head, size=first.size)
-
-    def init(key: Key[Array, ""], batch: Batch) -> tuple[PyTree, PyTree]:
-        params, state = encoder_and_head(key, batch)
-        if predictor is not None:
-            embedded = jnp.zeros((1, head_features))
-            variables = predictor.init(jax.random.fold_in(key, 2), embedded)
-            params["predictor"] = variables["params"]
-        return params, state
-
-    def embed(params: PyTree, state: PyTree, views: Array) -> tuple[Array, Array, PyTree]:
-        (encoded, _), new_state = apply_module(model, params["encoder"], state, views)
-        encoded = embedding(encoded)
-        return encoded, head.apply({"params": params["head"]}, encoded), new_state
-
-    def apply(
-        params: PyTree,
-        batch: Batch,
-        key: Key[Array, ""],
-        *,
-        average: PyTree,
-        frozen: PyTree,
-        state: PyTree,
-    ) -> tuple[Features, PyTree]:
-        del frozen
-        images = to_unit_range(batch["image"])
-        # The views of an image are neighbours: each device keeps both of its images' views.
-        pairs = jnp.stack(augment.two_views(key, images, first=first, second=second), axis=1)
-        views = pairs.reshape(-1, *pairs.shape[2:])
-        encoded, embedded, new_state = embed(params, state, views)
-        outputs = {"encoder": encoded, "embedding": embedded}
-        if predictor is not None:
-            outputs["prediction"] = predictor.apply({"params": params["predictor"]}, embedded)
-        if momentum:
-            if average is None:
-                raise UserError(
-                    "config.forward.momentum needs averaged parameters: set "
-                    "config.optimizer.average_decay."
-                )
-            outputs["target"] = jax.lax.stop_gradient(embed(average, state, views)[1])
-        features = given_features(batch)
-        for name, values in outputs.items():
-            each = values.reshape(-1, 2, *values.shape[1:])
-            features[f"view_0/{name}"], features[f"view_1/{name}"] = each[:, 0], each[:, 1]
-        return features, new_state
-
-    return Forward(init, apply, encode=_encoder_alone(model))
+    head = projection_head(
+        features=head_features,
+        hidden=head_hidden,
+        layers=head_layers,
+        norm=head_norm,
+        norm_last=head_norm_last,
+    )
+    return several_views(
+        model, (first, second), head, predictor_hidden=predictor_hidden, momentum=momentum
+    )
 
 
 def supervised(model: Any, *, classes: int, shift: int = 2, flip: float = 0.5) -> Forward:
@@ -218,6 +180,9 @@ def supervised(model: Any, *, classes: int, shift: int = 2, flip: float = 0.5) -
     Images are shifted by up to ``shift`` pixels and mirrored with probability ``flip``.
     """
     head = LinearClassifier(classes)
+
+    def init(key: Key[Array, ""], batch: Batch) -> tuple[PyTree, PyTree]:
+        return init_encoder_and_head(model, head, key, to_unit_range(batch["image"]))[1:]
 
     def apply(
         params: PyTree,
@@ -237,26 +202,4 @@ def supervised(model: Any, *, classes: int, shift: int = 2, flip: float = 0.5) -
         features = given_features(batch)
         return features | {"classifier/logits": logits, "label": batch["label"]}, new_state
 
-    return Forward(_encoder_and_head_init(model, head), apply, encode=_encoder_alone(model))
-
-
-def _encoder_and_head_init(model: Any, head: Any, size: int | None = None):
-    """Returns the ``init`` of an encoder with a head, for images of ``size`` or the batch's own."""
-
-    def init(key: Key[Array, ""], batch: Batch) -> tuple[PyTree, PyTree]:
-        encoder_key, head_key = jax.random.split(key)
-        images = to_unit_range(batch["image"])
-        if size is not None:
-            images = jnp.zeros((images.shape[0], size, size, images.shape[3]), images.dtype)
-        (encoded, _), params, state = init_module(model, encoder_key, images)
-        head_params = head.init(head_key, embedding(encoded))["params"]
-        return {"encoder": params, "head": head_params}, state
-
-    return init
-
-
-def _encoder_alone(model: Any):
-    def encode(params: PyTree, state: PyTree, images: Array) -> tuple[Array, Features]:
-        return encode_images(model, params["encoder"], state, images)
-
-    return encode
+    return Forward(init, apply, encode=encode_with_head(model, head))

@@ -1,8 +1,9 @@
 """Flax modules as forward passes use them: parameters and other variables kept apart."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from repalign.data.pixels import to_unit_range
@@ -46,6 +47,40 @@ def encode_images(module: nn.Module, params: PyTree, state: PyTree, images: Arra
     if isinstance(outputs, Mapping):
         taps = {**taps, **outputs}
     return embedding(outputs), taps
+
+
+def init_encoder_and_head(
+    module: nn.Module, head: nn.Module | None, key: Key[Array, ""], images: Array
+) -> tuple[tuple[Array, Mapping[str, Array]], dict[str, PyTree], PyTree]:
+    """Returns the head's output for these images with the encoder's taps; parameters; the state.
+
+    The parameters are ``{"encoder": ..., "head": ...}``. Without a head the encoder's embedding is
+    the output, and there is no ``head``.
+    """
+    encoder_key, head_key = jax.random.split(key)
+    (outputs, taps), params, state = init_module(module, encoder_key, images)
+    code, both = embedding(outputs), {"encoder": params}
+    if head is not None:
+        code, variables = head.init_with_output(head_key, code)
+        both["head"] = variables["params"]
+    return (code, taps), both, state
+
+
+def encode_with_head(
+    module: nn.Module, head: nn.Module | None
+) -> Callable[[PyTree, PyTree, Array], tuple[Array, dict[str, Array]]]:
+    """Returns the ``encode`` of a forward pass: the embedding, and the taps with ``projection``.
+
+    That is the head's output, which is there if there is a head.
+    """
+
+    def encode(params: PyTree, state: PyTree, images: Array) -> tuple[Array, dict[str, Array]]:
+        code, taps = encode_images(module, params["encoder"], state, images)
+        if head is None:
+            return code, taps
+        return code, {**taps, "projection": head.apply({"params": params["head"]}, code)}
+
+    return encode
 
 
 def given_features(batch: Batch) -> dict[str, Array]:

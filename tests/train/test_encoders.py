@@ -56,6 +56,31 @@ def test_a_trained_encoder_is_trained_once(tmp_path, monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_seed_trains_another_encoder(tmp_path):
+    own, zero, one = (
+        encoders.trained_encoder(CONFIG, tmp_path, seed=seed).params for seed in (None, 0, 1)
+    )
+    leaves = [jax.tree.leaves(tree) for tree in (own, zero, one)]
+    assert all(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[1], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(leaves[0], leaves[2], strict=True))
+
+
+def test_embeddings_are_computed_once_for_a_seed(source, tmp_path, monkeypatch):
+    images = source.arrays["image"]
+    arguments = {"encoder": "random", "config": CONFIG}
+    found = encoders.embeddings(images, tmp_path, seed=4, **arguments)
+    expected = encoders.encode(encoders.random_encoder(CONFIG, images, seed=4), images)
+    np.testing.assert_array_equal(found, expected)
+
+    def fail(*arguments, **named):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(encoders, "encode", fail)
+    np.testing.assert_array_equal(encoders.embeddings(images, tmp_path, seed=4, **arguments), found)
+    with pytest.raises(AssertionError, match="encoded again"):
+        encoders.embeddings(images, tmp_path, seed=5, **arguments)
+
+
 def test_tokens_are_standardised_cached_and_controlled(source, tmp_path, monkeypatch):
     arguments = {"encoder": "random", "config": CONFIG, "seed": 3}
     tokens = encoders.tokens(source, tmp_path, **arguments)
