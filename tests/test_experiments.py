@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from repalign.data.captioned_shapes import CAPTION_LENGTH, VOCABULARY
 from repalign.data.fashion_mnist import fashion_mnist
 from repalign.data.sources import ArraySource
 from repalign.tables.papers import papers
@@ -28,13 +29,18 @@ RUN = [
     "repa:repa",
     "mae:fashion_mnist",
     "vq_vae:vq_ema",
+    "relative_representations:digits_relative",
+    "backward_compatibility:half_classes_orthogonal",
+    "modality_gap:clip_all",
 ]
 
 
 @pytest.fixture(scope="module")
 def images():
     source = fashion_mnist("train")
-    return source.select(slice(0, 8))
+    # Captions for those experiments that read them.
+    captions = np.random.default_rng(0).integers(1, len(VOCABULARY), (8, CAPTION_LENGTH), np.int32)
+    return source.select(slice(0, 8)).with_columns(tokens=captions)
 
 
 def small_experiment(name):
@@ -43,15 +49,25 @@ def small_experiment(name):
     )
 
 
+def column_shape(section):
+    """The shape of one image's entry in a data column: tokens of an encoder, or one vector."""
+    channels = 112
+    if section["encoder"] != "efficientnet_lite0":
+        channels = configs.load_config(section["config"]).model.widths[-1]
+    if section["name"] == "train.encoders.tokens":
+        return (16, channels)
+    if section["name"] == "train.latent_spaces.class_means":
+        return (section["classes"], channels)
+    return (section["anchors"] if "anchors" in section else channels,)
+
+
 def with_random_tokens(experiment, images) -> ArraySource:
-    """The images with random columns in the shape of the encoder's tokens, which nobody trains."""
+    """The images with random columns in the shape of what encoders give, which nobody trains."""
     columns = {}
     for name, section in experiment.config.data.columns.items():
-        channels = 112
-        if section["encoder"] != "efficientnet_lite0":
-            channels = configs.load_config(section["config"]).model.widths[-1]
         generator = np.random.default_rng(0)
-        columns[name] = generator.standard_normal((len(images), 16, channels)).astype(np.float32)
+        shape = (len(images), *column_shape(section))
+        columns[name] = generator.standard_normal(shape).astype(np.float32)
     return images.with_columns(**columns)
 
 

@@ -6,6 +6,10 @@ statistics are state. ``imagenet224_resnet50`` holds the official hyper-paramete
 1,000-epoch run (google-research/simclr@be133b3: run.py, model_util.py). ``imagenet224_vit_b16``
 holds those by which MoCo v3 (arXiv:2104.02057, which reports SimCLR too) trains a ViT-B:
 facebookresearch/moco-v3@c349e6e:CONFIG.md.
+
+The table takes the method apart as sections 3 to 5 of the paper do: the two augmentations, the
+projection head, the batch. Fashion-MNIST is grey, so that colour distortion is a jitter of
+brightness and contrast.
 """
 
 import functools
@@ -14,10 +18,13 @@ from ml_collections import ConfigDict
 
 from repalign.models import resnet, vit
 from repalign.registry import lookup
+from repalign.tables.claims import Greater
+from repalign.tables.table import Column, Difference, Table
 
 EXAMPLES, BATCH = 1_281_167, 4096
 
 CONVNET = {"name": "models.convnet.ConvNet", "widths": (24, 48, 96), "blocks": 1}
+SMALL_CONVNET = {"name": "models.convnet.ConvNet", "widths": (16, 32, 64)}
 RESNET = {
     "name": "models.resnet.ResNet",
     "blocks": (1, 1, 1),
@@ -72,6 +79,35 @@ def fashion_mnist(model: dict) -> ConfigDict:
     )
 
 
+def ablation(
+    *,
+    view: dict | None = None,
+    head_layers: int = 2,
+    batch_size: int = 256,
+    total_steps: int = 200,
+) -> ConfigDict:
+    """One row of the table: the same run with a smaller network and one part changed.
+
+    The learning rate of all rows is the best of 1e-3, 2e-3 and 4e-3, both at batch 256 and at batch
+    32, after 200 steps of one seed that the table does not use (docs/simclr/README.md).
+
+    Args:
+        view: fields of the recipe that differ.
+        head_layers: 2 is the nonlinear head, 1 a linear one, 0 none.
+        batch_size, total_steps: of the row.
+    """
+    config = fashion_mnist(SMALL_CONVNET)
+    config.data.batch_size = batch_size
+    config.forward.view.update(view or {})
+    config.forward.head_layers = head_layers
+    config.optimizer.learning_rate = 4e-3
+    config.total_steps = total_steps
+    if head_layers:
+        after = {"tap": "projection", "prefix": "projection_"}
+        config.evaluation.metrics.projection = {**config.evaluation.metrics.encoder, **after}
+    return config
+
+
 def imagenet224(
     model: dict, *, head: dict, temperature: float, optimizer: dict, epochs: int
 ) -> ConfigDict:
@@ -122,6 +158,15 @@ def imagenet224(
 VARIANTS = {
     "fashion_mnist": functools.partial(fashion_mnist, CONVNET),
     "fashion_mnist_resnet": functools.partial(fashion_mnist, RESNET),
+    "crop_and_colour": ablation,
+    "crop": functools.partial(ablation, view={"jitter": 0.0}),
+    "colour": functools.partial(ablation, view={"crop_scale": None, "flip": 0.0}),
+    "linear_head": functools.partial(ablation, head_layers=1),
+    "no_head": functools.partial(ablation, head_layers=0),
+    "batch_32": functools.partial(ablation, batch_size=32),
+    "batch_32_equal_images": functools.partial(ablation, batch_size=32, total_steps=1600),
+    # The warm-up starts at a rate of 0: this step leaves the weights as they were drawn.
+    "random_encoder": functools.partial(ablation, total_steps=1),
     "imagenet224_resnet50": functools.partial(
         imagenet224,
         {"name": "models.resnet.ResNet", **resnet.SIZES["50"]},
@@ -165,3 +210,45 @@ VARIANTS = {
 def get_config(variant: str = "fashion_mnist") -> ConfigDict:
     """Returns the locked config of a variant."""
     return lookup(VARIANTS, variant, kind="variant of simclr")().lock()
+
+
+FULL = "SimCLR (crop and colour, nonlinear head, batch 256)"
+RANDOM = "random encoder"
+
+TABLE = Table(
+    paper=106,
+    rows={
+        FULL: "crop_and_colour",
+        "crop only": "crop",
+        "colour only": "colour",
+        "linear head": "linear_head",
+        "no head": "no_head",
+        "batch 32, equal steps": "batch_32",
+        "batch 32, equal images": "batch_32_equal_images",
+        RANDOM: "random_encoder",
+    },
+    columns=(
+        Column("linear_probe", better="higher"),
+        Column("knn_probe", better="higher"),
+        Column("projection_linear_probe", title="linear probe after the head", better="higher"),
+        Column(
+            "before_minus_after",
+            title="before minus after the head",
+            derive=Difference("linear_probe", minus="projection_linear_probe"),
+        ),
+    ),
+    claims=(
+        Greater("linear_probe", FULL, "crop only"),
+        Greater("linear_probe", FULL, "colour only"),
+        Greater("linear_probe", FULL, "linear head"),
+        Greater("linear_probe", "linear head", "no head"),
+        Greater("before_minus_after", FULL, than=0.0),
+        Greater("linear_probe", FULL, "batch 32, equal steps"),
+        Greater("linear_probe", FULL, "batch 32, equal images"),
+        Greater("linear_probe", FULL, RANDOM),
+        Greater("linear_probe", "crop only", RANDOM),
+        Greater("linear_probe", "colour only", RANDOM),
+        Greater("linear_probe", "no head", RANDOM),
+        Greater("linear_probe", "batch 32, equal steps", RANDOM),
+    ),
+)

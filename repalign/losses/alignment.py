@@ -12,7 +12,8 @@ import numpy as np
 import optax
 from jax import lax
 
-from repalign.losses.batch_statistics import keep, token_mean
+from repalign.losses.batch_statistics import keep, token_mean, zero_masked
+from repalign.losses.correlation import cka_loss
 from repalign.numerics import as_float, cosine_similarity, l2_normalize
 from repalign.typing import Array, ArrayLike, Bool, Float, Integer, Num, Scalar
 
@@ -65,7 +66,12 @@ def repa(
     """
     pairs = _in_pairs(projections, teachers)
     losses = [
-        token_mean(-cosine_similarity(projection, lax.stop_gradient(teacher)), where)
+        token_mean(
+            -cosine_similarity(
+                zero_masked(projection, where), lax.stop_gradient(zero_masked(teacher, where))
+            ),
+            where,
+        )
         for projection, teacher in pairs
     ]
     return sum(losses) / len(losses)
@@ -150,8 +156,35 @@ def self_similarity_alignment(
     Source: the structural term of SARA (arXiv:2503.08253), there a Frobenius norm of unstated
     scale; the Gram anchoring loss of DINOv3 (arXiv:2508.10104).
     """
+    student, teacher = zero_masked(student, where), zero_masked(teacher, where)
     difference = _self_similarity(student) - _self_similarity(lax.stop_gradient(teacher))
     return _pair_mean(jnp.square(difference), where)
+
+
+def patch_kernel_alignment(
+    student: Num[Array, "batch tokens student_dim"],
+    teacher: Num[Array, "batch tokens teacher_dim"],
+    *,
+    where: Bool[Array, "batch tokens"] | None = None,
+) -> Float[Array, "batch"]:
+    """PaKA: ``1 - CKA`` of an image's student and teacher tokens, in [0, 1] per example.
+
+    Linear kernels over the tokens, centred (``correlation.cka_loss`` over tokens in place of
+    examples): which patches belong together, whatever the width, scale or rotation of the features.
+    The teacher receives no gradient.
+
+    Args:
+        where: tokens that count; an example with fewer than two has loss 0.
+
+    Source: PaKA (arXiv:2509.05606); lightly-ai/lightly@e8d317f:
+    lightly/loss/patch_kernel_alignment_loss.py:84-137, which averages over the images that have two
+    tokens and forms the token by token kernels, where the products of features are used here.
+    """
+    teacher = lax.stop_gradient(teacher)
+    if where is None:
+        return jax.vmap(cka_loss)(student, teacher)
+    losses = jax.vmap(lambda a, b, mask: cka_loss(a, b, where=mask))(student, teacher, where)
+    return jnp.where(jnp.sum(where, axis=1) >= 2, losses, 0.0)
 
 
 def foundation_model_alignment(
@@ -178,6 +211,7 @@ def foundation_model_alignment(
     vavae/ldm/modules/losses/contperceptual.py:123-134. The adaptive weight, a ratio of gradient
     norms, belongs to the training step.
     """
+    latents, features = zero_masked(latents, where), zero_masked(features, where)
     features = lax.stop_gradient(features)
     cosine = jax.nn.relu(1.0 - cosine_margin - cosine_similarity(latents, features))
     difference = jnp.abs(_self_similarity(latents) - _self_similarity(features))
@@ -199,6 +233,7 @@ def modality_gap(
 
     Source: the gap of Liang et al. (arXiv:2203.02053), squared so that it is smooth at 0.
     """
+    a, b = zero_masked(a, where), zero_masked(b, where)
     difference, count = keep(l2_normalize(a) - l2_normalize(b), where)
     return jnp.sum(jnp.square(jnp.sum(difference, axis=0) / jnp.maximum(count, 1.0)))
 
@@ -235,6 +270,61 @@ def matryoshka(
         weight * loss(*(embedding[:, :prefix] for embedding in embeddings))
         for weight, prefix in zip(weights, prefixes, strict=True)
     )
+
+
+def matryoshka_2d(
+    loss: Callable[..., Array],
+    *layers: Num[Array, "layers batch dim"],
+    prefixes: Sequence[int],
+    depths: Sequence[int] | None = None,
+    kl_weight: ArrayLike = 1.0,
+    kl_temperature: ArrayLike = 0.3,
+) -> Float[Array, "*shape"]:
+    """Matryoshka over layers too: a shallow layer's prefix has to serve as the last layer's.
+
+    ``M(last) + (1/n) sum_l M(l) / l + w T sum_l KL(softmax(last / T) || softmax(l / T))``, with M
+    the sum of the loss over the prefixes (``matryoshka``) and the n shallow layers l. The paper
+    draws one shallow layer and one prefix beside the whole width at every step; give those.
+
+    Args:
+        loss: any loss of the embeddings, as for ``matryoshka``.
+        layers: one array for each input of the loss, the layers' embeddings stacked, last layer
+            last.
+        prefixes: the widths.
+        depths: the number l, from 1, of each shallow layer given; 1, 2, ... by default.
+        kl_weight, kl_temperature: w and T. The divergence is over the dimensions, averaged over the
+            inputs of the loss; both layers receive its gradient.
+
+    Returns:
+        What ``loss`` returns, with the mean divergence over the batch added to every value.
+
+    Raises:
+        ValueError: only one layer, or another number of depths than of shallow layers.
+
+    Source: Li et al. (arXiv:2402.14776); UKPLab/sentence-transformers@85ec645:
+    sentence_transformers/losses/AdaptiveLayerLoss.py:205-250 with losses/Matryoshka2dLoss.py. The
+    authors' code (SeanLee97/AnglE@5155458:angle_emb/angle.py:480-546) holds the successor, which
+    divides by 1 + log l and compares prefixes with principal components.
+    """
+    count = layers[0].shape[0]
+    depths = list(range(1, count)) if depths is None else list(depths)
+    if count < 2 or len(depths) != count - 1:
+        raise ValueError(
+            f"{count} layers for {len(depths)} depths: give the shallow layers, a depth for each, "
+            "and the last layer after them."
+        )
+
+    def of_layer(index: int) -> Array:
+        return matryoshka(loss, *(layer[index] for layer in layers), prefixes=prefixes)
+
+    shallow = sum(of_layer(index) / depth for index, depth in enumerate(depths)) / len(depths)
+    divergence = 0.0
+    for layer in layers:
+        log_probabilities = jax.nn.log_softmax(as_float(layer) / kl_temperature, axis=-1)
+        last = log_probabilities[-1]
+        difference = jnp.exp(last) * (last - log_probabilities[:-1])
+        divergence += jnp.mean(jnp.sum(difference, axis=(0, 2))) / len(layers)
+    return of_layer(-1) + shallow + kl_weight * kl_temperature * divergence
 
 
 def matryoshka_cross_entropy(

@@ -1,16 +1,22 @@
 """Means and covariances over the examples or tokens of a batch, with masked ones left out."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from repalign.numerics import as_float, inner_products
-from repalign.typing import Array, Bool, Float, Num, Scalar
+from repalign.typing import Array, ArrayLike, Bool, Float, Num, Scalar
 
 
 def zero_masked(
-    x: Num[Array, "batch *rest"], where: Bool[Array, "batch"] | None
+    x: Num[Array, "batch *rest"], where: Bool[Array, "batch *_"] | None
 ) -> Num[Array, "batch *rest"]:
-    """Returns ``x`` with zeros for masked examples, which pass no gradient, finite or not."""
-    return x if where is None else jnp.where(where.reshape(-1, *(1,) * (x.ndim - 1)), x, 0.0)
+    """Returns ``x`` with zeros for masked examples or tokens, which pass no gradient, even NaN.
+
+    Masking a loss's values is not enough: the derivative of what came before, times 0, is NaN.
+    """
+    if where is None:
+        return x
+    return jnp.where(where.reshape(*where.shape, *(1,) * (x.ndim - where.ndim)), x, 0.0)
 
 
 def keep(
@@ -63,3 +69,13 @@ def covariance(
 def smaller_gram(x: Num[Array, "batch dim"]) -> Float[Array, "order order"]:
     """Returns ``x^T x`` or ``x x^T``, whichever is smaller; their nonzero spectra are equal."""
     return inner_products(x.T, x.T) if x.shape[0] > x.shape[1] else inner_products(x, x)
+
+
+def at_least_rounding(ridge: ArrayLike, matrix: Float[Array, "dim dim"]) -> Scalar:
+    """Returns what to add to a covariance's diagonal: ``ridge``, or its rounding error if larger.
+
+    The factorisation of a covariance without full rank needs that much; with less it gives NaN.
+    """
+    largest = jnp.max(jnp.diagonal(matrix))
+    rounding = matrix.shape[0] * jnp.finfo(matrix.dtype).eps * largest
+    return jnp.maximum(ridge, lax.stop_gradient(rounding)).astype(matrix.dtype)

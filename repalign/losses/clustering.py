@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import keep, token_mean
+from repalign.losses.batch_statistics import keep, token_mean, zero_masked
 from repalign.numerics import as_float, inner_products, l2_normalize, masked_mean
 from repalign.typing import Array, ArrayLike, Bool, Float, Num, Scalar
 
@@ -94,6 +94,7 @@ def swapped_assignment(
     Source: Caron et al. (arXiv:2006.09882), section 3; lightly-ai/lightly@e8d317f:
     lightly/loss/swav_loss.py.
     """
+    high, low = ([zero_masked(view, where) for view in views] for views in (high, low))
     views = [*high, *low]
     if not high or len(views) < 2:
         raise ValueError(
@@ -176,10 +177,10 @@ def dino(
     Source: Caron et al. (arXiv:2104.14294); lightly-ai/lightly@e8d317f:
     lightly/loss/dino_loss.py.
     """
-    scores = jnp.stack([as_float(view) for view in teacher])
+    scores = jnp.stack([zero_masked(as_float(view), where) for view in teacher])
     targets = _teacher_probabilities(scores, center, teacher_temp)
     losses = [
-        masked_mean(_cross_entropy(target, view, student_temp), where)
+        masked_mean(_cross_entropy(target, zero_masked(view, where), student_temp), where)
         for t, target in enumerate(targets)
         for s, view in enumerate(student)
         if s != t
@@ -234,6 +235,7 @@ def msn(
     *,
     temperature: ArrayLike = 0.1,
     sharpening: ArrayLike = 0.25,
+    sinkhorn_iterations: int = 0,
     regularization_weight: ArrayLike = 1.0,
     where: Bool[Array, "batch"] | None = None,
 ) -> tuple[Scalar, MSNDiagnostics]:
@@ -245,18 +247,26 @@ def msn(
     the KL divergence of the mean prediction from the uniform distribution.
 
     Embeddings and prototypes are normalised inside. A batch statistic, hence a scalar. Gradients
-    reach anchors and prototypes, through the predictions only.
+    reach anchors and prototypes, through the predictions only. ``sinkhorn_iterations`` above 0
+    balances the targets over the prototypes, which the official code can do as well.
 
     Source: Assran et al. (arXiv:2204.07141); facebookresearch/msn@4388dc1:
     src/losses.py:33-90.
     """
     prototypes = l2_normalize(prototypes)
     views, batch, dim = anchors.shape
+    anchors = jax.vmap(lambda view: zero_masked(view, where))(anchors)
+    targets = zero_masked(targets, where)
     scores = inner_products(l2_normalize(anchors).reshape(views * batch, dim), prototypes)
     log_p = jax.nn.log_softmax(scores / temperature, axis=-1).reshape(views, batch, -1)
     target_scores = inner_products(l2_normalize(targets), prototypes)
     # Raising to 1 / sharpening and renormalising is dividing the logits by sharpening.
-    q = lax.stop_gradient(jax.nn.softmax(target_scores / (temperature * sharpening), axis=-1))
+    log_q = jax.nn.log_softmax(target_scores / (temperature * sharpening), axis=-1)
+    if sinkhorn_iterations:
+        q = sinkhorn(log_q, epsilon=1.0, iterations=sinkhorn_iterations, where=where)
+    else:
+        q = jnp.exp(log_q)
+    q = lax.stop_gradient(q)
     cross_entropy = masked_mean(jnp.mean(-jnp.sum(q * log_p, axis=-1), axis=0), where)
     predictions, count = keep(jnp.swapaxes(jnp.exp(log_p), 0, 1), where)
     mean_prediction = jnp.sum(predictions, axis=(0, 1)) / (jnp.maximum(count, 1.0) * views)
@@ -316,5 +326,6 @@ def capi_prediction(
     Per example, over the tokens where ``where`` holds (0 if it never does); the assignments
     receive no gradient. Source: facebookresearch/capi@98b4fa1:train_capi.py:71-87.
     """
+    scores, assignments = zero_masked(scores, where), zero_masked(assignments, where)
     entropy = _cross_entropy(lax.stop_gradient(as_float(assignments)), scores, temperature)
     return token_mean(entropy, where)

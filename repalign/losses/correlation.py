@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import centered, covariance
+from repalign.losses.batch_statistics import at_least_rounding, centered, covariance
 from repalign.numerics import inner_products
 from repalign.typing import Array, ArrayLike, Bool, Num, Scalar
 
@@ -46,7 +46,8 @@ def cca_loss(
     """Deep CCA: minus the sum of the canonical correlations, in [-min(D_a, D_b), 0].
 
     The correlations are the singular values of ``L_a^-1 S_ab L_b^-T``, with Cholesky factors of
-    the covariances plus ``regularization`` times the identity. A batch statistic: the batch should
+    the covariances plus ``regularization`` (or the rounding error of the factorisation, if that is
+    larger) times the identity. A batch statistic: the batch should
     be several times wider than the representation. Both sides receive gradients.
 
     Source: Andrew et al., Deep CCA (ICML 2013), its regularised objective.
@@ -56,8 +57,9 @@ def cca_loss(
     cross = inner_products(a.T, b.T) / jnp.maximum(count - 1.0, 1.0)
 
     def whiten(x, matrix):
-        ridge = regularization * jnp.eye(x.shape[1], dtype=x.dtype)
-        factor = jnp.linalg.cholesky(covariance(x, where) + ridge)
+        own = covariance(x, where)
+        ridge = at_least_rounding(regularization, own) * jnp.eye(x.shape[1])
+        factor = jnp.linalg.cholesky(own + ridge)
         return jax.scipy.linalg.solve_triangular(factor, matrix, lower=True)
 
     return -jnp.sum(jnp.linalg.svd(whiten(b, whiten(a, cross).T), compute_uv=False))

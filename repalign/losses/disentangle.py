@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import covariance, keep
+from repalign.losses.batch_statistics import covariance, keep, zero_masked
 from repalign.losses.generative import gaussian_log_density
 from repalign.numerics import as_float, map_row_blocks
 from repalign.registry import lookup
@@ -129,7 +129,9 @@ def dip(
     variances = jnp.diagonal(matrix)
     squared_off_diagonal = jnp.sum(jnp.square(matrix)) - jnp.sum(jnp.square(variances))
     if with_posterior_variances:
-        posterior_variances, count = keep(jnp.exp(as_float(log_variance)), where)
+        posterior_variances, count = keep(
+            jnp.exp(zero_masked(as_float(log_variance), where)), where
+        )
         variances += jnp.sum(posterior_variances, axis=0) / jnp.maximum(count, 1.0)
     return off_diagonal * squared_off_diagonal + diagonal * jnp.sum(jnp.square(variances - 1.0))
 

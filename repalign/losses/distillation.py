@@ -3,11 +3,13 @@
 The teacher never receives a gradient.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import token_mean
+from repalign.losses.batch_statistics import token_mean, zero_masked
 from repalign.numerics import (
     as_float,
     cosine_similarity,
@@ -74,10 +76,15 @@ def feature_distillation(
         facebookresearch/ijepa@52c1ae9:src/train.py:295-313.
     SRA (arXiv:2505.02831): smooth_l1, 0.05, none, all; the teacher is the EMA model's later block
         at less noise; vvvvvjdy/SRA@1723f85:SiT-SRA/loss.py:10-25.
+    CAE (arXiv:2202.03026), its alignment, weight 2: l2, none, masked; Atten4Vis/CAE@a7fd162:
+        furnace/engine_for_pretraining.py:70. The teacher is the encoder itself on masked patches.
+    IWM (arXiv:2403.00504): l2, none, target tokens; the student is a predictor that is told the
+        transformation between source and target. No public code: the paper's formula.
     FitNets (arXiv:1412.6550): l2, none. MR-MAE (arXiv:2303.05475): l2, l2, visible.
     dBOT and Latent MIM divide by the unbiased variance, FD and I-JEPA by the biased one, as here.
     """
     measure = lookup(_DISTANCES, distance, kind="distance")
+    student, teacher = zero_masked(student, where), zero_masked(teacher, where)
     fixed = lookup(_TARGETS, target, kind="target")(lax.stop_gradient(as_float(teacher)))
     return token_mean(measure(as_float(student), fixed, beta), where)
 
@@ -183,6 +190,27 @@ def attention_transfer(
 
     return jnp.mean(
         jnp.square(activation(student) - activation(lax.stop_gradient(teacher))), axis=-1
+    )
+
+
+def perceptual(
+    student: Sequence[Num[Array, "batch *_"]], teacher: Sequence[Num[Array, "batch *_"]]
+) -> Float[Array, "batch"]:
+    """``sum_j mean (s_j - t_j)^2`` over the maps of several layers of one frozen network.
+
+    Args:
+        student: maps that the network gives for the produced image, [batch, ...], which differ in
+            shape from layer to layer; ``teacher``: those for the real image.
+
+    Raises:
+        ValueError: unequal numbers of maps.
+
+    Source: Johnson et al. (arXiv:1603.08155), section 3.2; jcjohnson/fast-neural-style@813c834:
+    fast_neural_style/ContentLoss.lua. Its style part is ``gram_style``.
+    """
+    return sum(
+        token_mean(jnp.square(as_float(ours) - lax.stop_gradient(as_float(theirs))))
+        for ours, theirs in zip(student, teacher, strict=True)
     )
 
 

@@ -8,7 +8,7 @@ from jax import lax
 
 from repalign.kernels.contrastive.api import log_sum_exp
 from repalign.losses.batch_statistics import zero_masked
-from repalign.numerics import inner_products, l2_normalize
+from repalign.numerics import as_float, inner_products, l2_normalize
 from repalign.typing import Array, ArrayLike, Bool, Float, Int, Key
 
 
@@ -172,6 +172,21 @@ def mix_hard_negatives(
     return MixedNegatives(l2_normalize(between), l2_normalize(towards))
 
 
+class MochiOutput(NamedTuple):
+    """MoCHi's loss, and whether the key was found.
+
+    Attributes:
+        loss: [N].
+        accuracy: [N], 1 where the query's own key has the largest logit of all and 0 elsewhere:
+            the proxy task of the paper's figure 2. Its mean is the share of keys found.
+        queue_accuracy: [N], the same among the key and the queue alone, without the mixtures.
+    """
+
+    loss: Float[Array, "batch"]
+    accuracy: Float[Array, "batch"]
+    queue_accuracy: Float[Array, "batch"]
+
+
 def mochi(
     queries: Float[Array, "batch dim"],
     keys: Float[Array, "batch dim"],
@@ -182,7 +197,7 @@ def mochi(
     hardest: int = 1024,
     mixed: int = 1024,
     query_mixed: int = 128,
-) -> Float[Array, "batch"]:
+) -> MochiOutput:
     """MoCHi: MoCo's InfoNCE with hard negatives mixed in feature space.
 
     ``-log( e^{q.k/t} / (e^{q.k/t} + sum_{n in queue} e^{q.n/t} + sum_h e^{q.h/t}) )`` on unit
@@ -202,7 +217,7 @@ def mochi(
         query_mixed: s' of the paper.
 
     Returns:
-        [N].
+        The loss and the accuracies of its classification task, all [N].
 
     Raises:
         ValueError: ``hardest`` is not between 1 and K.
@@ -216,9 +231,10 @@ def mochi(
     )
     synthetic = jnp.concatenate(mixtures, axis=1)
     positive = jnp.sum(queries * keys, axis=1, keepdims=True)
-    mixed_similarity = jnp.einsum("bd,bsd->bs", queries, synthetic, precision=lax.Precision.HIGHEST)
-    similarities = jnp.concatenate(
-        [positive, inner_products(queries, queue), mixed_similarity], axis=1
-    )
-    logits = similarities / temperature
-    return jax.nn.logsumexp(logits, axis=1) - logits[:, 0]
+    in_queue = inner_products(queries, queue)
+    mixed_in = jnp.einsum("bd,bsd->bs", queries, synthetic, precision=lax.Precision.HIGHEST)
+    logits = jnp.concatenate([positive, in_queue, mixed_in], axis=1) / temperature
+    loss = jax.nn.logsumexp(logits, axis=1) - logits[:, 0]
+    found = positive > in_queue
+    found_among_all = jnp.concatenate([found, positive > mixed_in], axis=1)
+    return MochiOutput(loss, *(as_float(jnp.all(x, axis=1)) for x in (found_among_all, found)))

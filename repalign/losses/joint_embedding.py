@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from repalign.losses.batch_statistics import centered, covariance, keep, smaller_gram
+from repalign.losses.batch_statistics import (
+    centered,
+    covariance,
+    keep,
+    smaller_gram,
+    zero_masked,
+)
 from repalign.losses.regularizers import sigreg, total_coding_rate
 from repalign.numerics import as_float, cosine_similarity, inner_products, l2_normalize, masked_mean
 from repalign.typing import Array, ArrayLike, Bool, Float, Integer, Key, Num, Scalar
@@ -110,7 +116,8 @@ def vicreg(
     Source: Bardes et al. (arXiv:2105.04906), eq. 1-6; lightly-ai/lightly@e8d317f:
     lightly/loss/vicreg_loss.py (the halved variance term is in the official code too).
     """
-    invariance = masked_mean(jnp.mean(jnp.square(as_float(a) - as_float(b)), axis=1), where)
+    a, b = zero_masked(as_float(a), where), zero_masked(as_float(b), where)
+    invariance = masked_mean(jnp.mean(jnp.square(a - b), axis=1), where)
     variance_loss, covariance_loss = 0.0, 0.0
     for x in (a, b):
         matrix = covariance(x, where)
@@ -146,8 +153,8 @@ def tico(
     Source: Zhu et al. (arXiv:2206.10698); lightly-ai/lightly@e8d317f:
     lightly/loss/tico_loss.py:119-140.
     """
-    a, count = keep(l2_normalize(a), where)
-    b, _ = keep(l2_normalize(b), where)
+    a, count = keep(a, where)
+    a, b = l2_normalize(a), l2_normalize(zero_masked(b, where))
     count = jnp.maximum(count, 1.0)
     second_moment = inner_products(a.T, a.T) / count
     if detach:
@@ -230,7 +237,7 @@ def emp_ssl(
     Source: Tong et al. (arXiv:2304.03977); tsb0601/EMP-SSL@8fc3758:main.py:76-104,156-164
     and loss.py:76-90.
     """
-    views = as_float(views)
+    views = jax.vmap(lambda view: zero_masked(as_float(view), where))(views)
     agreement = cosine_similarity(views, jnp.broadcast_to(jnp.mean(views, axis=0), views.shape))
     rates = [total_coding_rate(view, epsilon=epsilon, where=where) for view in views]
     invariance = masked_mean(jnp.mean(agreement, axis=0), where)
@@ -253,7 +260,7 @@ def lejepa(
     Source: Balestriero & LeCun (arXiv:2511.08544); rbalestr-lab/lejepa@eddffdd:
     MINIMAL.md:57-75,172-174.
     """
-    views = as_float(views)
+    views = jax.vmap(lambda view: zero_masked(as_float(view), where))(views)
     deviation = jnp.square(views - jnp.mean(views, axis=0))
     invariance = masked_mean(jnp.mean(deviation, axis=(0, 2)), where)
     gaussianity = jnp.mean(

@@ -5,6 +5,7 @@ Prediction of a teacher's features at masked tokens (I-JEPA, dBOT, ...) is
 ``clustering.ibot`` and ``clustering.capi_prediction``.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -49,6 +50,55 @@ def random_masking(key: Key[Array, ""], batch: int, tokens: int, *, mask_ratio: 
             "[0, 1) and leave at least one."
         )
     order = jnp.argsort(jax.random.uniform(key, (batch, tokens)), axis=1)
+    restore = jnp.argsort(order, axis=1)
+    return Masking(order[:, :visible], restore >= visible, restore)
+
+
+def inverse_block_masking(
+    key: Key[Array, ""],
+    batch: int,
+    grid: tuple[int, int],
+    *,
+    mask_ratio: float,
+    smallest_aspect: float = 0.5,
+) -> Masking:
+    """Masks everything but one block in every example, at a random place of a torus.
+
+    ``tokens - floor(tokens mask_ratio)`` tokens stay visible: the first so many, row by row, of a
+    rectangle whose log aspect ratio (height / width) is uniform between ``log smallest_aspect`` and
+    its negative, as far as it fits the grid; what leaves the grid on one side comes in on the other
+    ("inverse block + roll"). Hidden tokens follow in random order, so that the first ones after
+    the visible ones in ``argsort(restore)`` are a random sample of them.
+
+    Args:
+        grid: rows and columns of tokens.
+
+    Raises:
+        ValueError: a ratio outside [0, 1).
+
+    Source: Darcet et al., CAPI (arXiv:2502.08769), section 3; facebookresearch/capi@98b4fa1:
+    data.py:394-440, 459. A block that reaches beyond the grid by rounding is cut to it.
+    """
+    if not 0.0 <= mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio {mask_ratio} must be in [0, 1).")
+    height, width = grid
+    tokens = height * width
+    visible = tokens - int(tokens * mask_ratio)
+    aspect_key, shift_key, order_key = jax.random.split(key, 3)
+    lowest = max(math.log(smallest_aspect), math.log(visible / width**2))
+    highest = min(-math.log(smallest_aspect), math.log(height**2 / visible))
+    aspect = jnp.exp(jax.random.uniform(aspect_key, (batch,), minval=lowest, maxval=highest))
+    rows = jnp.minimum(jnp.ceil(jnp.sqrt(visible * aspect)), height)
+    # As many columns as the rows need: what rounding and cutting took is given back.
+    columns = jnp.maximum(jnp.ceil(jnp.sqrt(visible / aspect)), jnp.ceil(visible / rows))
+    sides = jnp.asarray(grid)[:, None, None]
+    shift = jax.random.randint(shift_key, (2, batch, 1), 0, sides)
+    row, column = jnp.divmod(jnp.arange(tokens), width)
+    row, column = (row - shift[0]) % height, (column - shift[1]) % width
+    rank = row * columns[:, None] + column
+    seen = (row < rows[:, None]) & (column < columns[:, None]) & (rank < visible)
+    behind = tokens + jax.random.uniform(order_key, (batch, tokens))
+    order = jnp.argsort(jnp.where(seen, rank, behind), axis=1)
     restore = jnp.argsort(order, axis=1)
     return Masking(order[:, :visible], restore >= visible, restore)
 

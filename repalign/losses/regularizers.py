@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import keep, smaller_gram
+from repalign.losses.batch_statistics import keep, smaller_gram, zero_masked
 from repalign.losses.uniformity import log_kernel_sums
 from repalign.numerics import (
     as_float,
@@ -50,7 +50,7 @@ def koleo(
     Source: Sablayrolles et al. (arXiv:1806.03198); facebookresearch/dinov2@b8931f7:
     dinov2/loss/koleo_loss.py:25-48; lightly-ai/lightly@e8d317f:lightly/loss/koleo_loss.py.
     """
-    x, _ = keep(l2_normalize(x), where)
+    x = l2_normalize(zero_masked(x, where))
     neighbor = x[_nearest_other(lax.stop_gradient(x), where)]
     squared = jnp.sum(jnp.square(x - neighbor), axis=1)
     apart = squared > 1e-12
@@ -73,7 +73,8 @@ def von_neumann_entropy(
 
     Source: Kim et al. (arXiv:2304.01434); jaeill/CVPR23-VNE@c63961b:vne/__init__.py:15-19.
     """
-    x, count = keep(l2_normalize(x), where)
+    x, count = keep(x, where)
+    x = l2_normalize(x)
     eigenvalues = jnp.linalg.eigvalsh(smaller_gram(x) / jnp.maximum(count, 1.0))
     positive = eigenvalues > epsilon
     safe = jnp.where(positive, eigenvalues, 1.0)

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import centered, covariance, keep, smaller_gram, zero_masked
+from repalign.losses.batch_statistics import (
+    at_least_rounding,
+    centered,
+    covariance,
+    keep,
+    smaller_gram,
+    zero_masked,
+)
 from repalign.numerics import cosine_similarity, masked_mean
 from repalign.registry import lookup
 from repalign.typing import Array, ArrayLike, Bool, Float, Num, Scalar
@@ -18,13 +25,15 @@ def cholesky_whiten(
 ) -> Float[Array, "batch dim"]:
     """Whitens the centred batch with the inverse Cholesky factor of its covariance.
 
-    The covariance is first shrunk to ``(1 - epsilon) C + epsilon I``. Masked rows come out as 0.
+    The covariance is first shrunk to ``(1 - epsilon) C + epsilon I`` (the identity's weight is at
+    least the rounding error of the factorisation). Masked rows come out as 0.
 
     Source: htdt/self-supervised@d9662c8:methods/whitening.py:20-47. Deviation: the released
     configuration has epsilon 0, which fails (NaN) for batches of no more than ``dim`` examples.
     """
     x, _ = centered(x, where)
-    shrunk = (1.0 - epsilon) * covariance(x, where) + epsilon * jnp.eye(x.shape[1], dtype=x.dtype)
+    matrix = covariance(x, where)
+    shrunk = (1.0 - epsilon) * matrix + at_least_rounding(epsilon, matrix) * jnp.eye(x.shape[1])
     factor = jnp.linalg.cholesky(shrunk)
     return jax.scipy.linalg.solve_triangular(factor, x.T, lower=True).T
 

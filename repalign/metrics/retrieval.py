@@ -95,3 +95,21 @@ def map_at_r(
     precision = jnp.cumsum(hits, axis=1) / places
     counted = precision * hits * (places[None, :] <= total[:, None])
     return jnp.sum(counted, axis=1) / jnp.maximum(total, 1.0)
+
+
+@functools.partial(jax.jit, static_argnames=("k",))
+def neighbor_jaccard(
+    queries: Num[Array, "items dim"], gallery: Num[Array, "items dim"], *, k: int
+) -> Float[Array, " items"]:
+    """How far query i stands for gallery item i: Jaccard index of their k nearest gallery items.
+
+    By inner product; for cosine, normalise first. Item i itself counts among the neighbours of
+    both. In [0, 1], and 1 for equal arrays.
+
+    Moschella et al. 2023 (Relative Representations), Section 4.1; lucmos/relreps@627ed13:
+    experiments/fig:latent-rotation-comparison/quantitative_analysis.ipynb.
+    """
+    own = neighbors.top_k(gallery, gallery, k=k).indices
+    found = neighbors.top_k(queries, gallery, k=k).indices
+    shared = jnp.sum(found[:, :, None] == own[:, None, :], axis=(1, 2)).astype(jnp.float32)
+    return shared / (2 * k - shared)

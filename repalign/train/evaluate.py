@@ -15,7 +15,10 @@ import numpy as np
 
 from repalign.data.pixels import from_signed_range, to_signed_range
 from repalign.generation import flow, samplers
+from repalign.losses.regularizers import von_neumann_entropy
+from repalign.losses.uniformity import uniformity
 from repalign.metrics import frechet, probes, similarity
+from repalign.metrics.spectrum import effective_rank
 from repalign.numerics import l2_normalize
 from repalign.registry import build, lookup
 from repalign.train import encoders
@@ -194,9 +197,30 @@ def hidden_representation(
 
 
 def encoder_probe(
-    context: EvaluationContext, *, reference: Mapping[str, Any], classes: int
+    context: EvaluationContext,
+    *,
+    reference: Mapping[str, Any],
+    classes: int,
+    tap: str | None = None,
+    spectrum: bool = False,
+    prefix: str = "",
 ) -> Evaluator:
-    """Linear and nearest-neighbour probes of an encoder's embedding, tested on held-out images."""
+    """Linear and nearest-neighbour probes of an encoder's embedding, tested on held-out images.
+
+    Metrics: ``linear_probe`` and ``knn_probe``, accuracies; with ``spectrum``, of the held-out
+    features, also ``effective_rank`` (`repalign.metrics.spectrum.effective_rank`, not centred),
+    ``entropy`` (of the eigenvalues of the autocorrelation of the l2-normalised features,
+    `repalign.losses.regularizers.von_neumann_entropy`) and ``uniformity`` (of the l2-normalised
+    features, `repalign.losses.uniformity.uniformity`; lower is more uniform).
+
+    Args:
+        reference: source of held-out images.
+        classes: number of classes of the probes.
+        tap: what is probed in place of the embedding: a tap of the encoder, such as
+            ``projection``, averaged over its positions if it has any.
+        spectrum: whether to measure how the features fill their space.
+        prefix: put before the metrics' names, where one run probes several features.
+    """
     held_out = build(reference, place="config.evaluation.metrics.encoder_probe.reference")
     test = held_out.gather(np.arange(len(held_out)))
     train = context.source.gather(np.arange(len(context.source)))
@@ -206,16 +230,28 @@ def encoder_probe(
         encoder = encoders.model_encoder(
             context.experiment.forward, evaluation_params(state), state.forward
         )
+
+        def features(images: np.ndarray) -> Array:
+            encoded = jnp.asarray(encoders.encode(encoder, images, tap=tap))
+            return encoded if tap is None else jnp.mean(encoded, axis=1)
+
+        tested = features(test["image"])
         data = (
-            jnp.asarray(encoders.encode(encoder, train["image"])),
+            features(train["image"]),
             jnp.asarray(train["label"]),
-            jnp.asarray(encoders.encode(encoder, test["image"])),
+            tested,
             jnp.asarray(test["label"]),
         )
         metrics = {
-            "linear_probe": float(probes.linear_probe(*data, classes=classes)),
-            "knn_probe": float(probes.knn_probe(*data, classes=classes)),
+            "linear_probe": probes.linear_probe(*data, classes=classes),
+            "knn_probe": probes.knn_probe(*data, classes=classes),
         }
-        return EvaluationResult(metrics, {})
+        if spectrum:
+            metrics |= {
+                "effective_rank": effective_rank(tested),
+                "entropy": von_neumann_entropy(tested),
+                "uniformity": uniformity(l2_normalize(tested)),
+            }
+        return EvaluationResult({prefix + name: float(v) for name, v in metrics.items()}, {})
 
     return evaluate

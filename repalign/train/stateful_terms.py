@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.losses import clustering, contrastive, hard_negatives, joint_embedding
+from repalign.metrics import codebook
 from repalign.numerics import inner_products, l2_normalize
 from repalign.registry import UserError
 from repalign.train.objective import Term, TermOutput
@@ -142,7 +143,8 @@ def mochi(
 
     With ``mixed=0`` and ``query_mixed=0`` it is MoCo: one key against the queue. The queue holds
     unit vectors, random ones at first, and drops its oldest when the keys of a step come in, after
-    the loss.
+    the loss. Metrics: ``accuracy`` and ``queue_accuracy``, the shares of queries that find their
+    key among all logits, and among those of the key and the queue.
 
     Args:
         queries: features [batch, dim] of the trained network; a name or several.
@@ -176,7 +178,7 @@ def mochi(
     def apply(params: PyTree, state: PyTree, features: Features, key: Array) -> TermOutput:
         del params
         incoming = [lax.stop_gradient(l2_normalize(features[name])) for name in keys]
-        losses = [
+        outputs = [
             hard_negatives.mochi(
                 features[query],
                 positive,
@@ -190,7 +192,11 @@ def mochi(
             for view, (query, positive) in enumerate(zip(queries, incoming, strict=True))
         ]
         new = enqueue(state["queue"], jnp.concatenate(incoming), state["oldest"])
-        return TermOutput(sum(losses) / len(losses), new, {})
+        loss, accuracy, queue_accuracy = (
+            sum(values) / len(outputs) for values in zip(*outputs, strict=True)
+        )
+        metrics = {"accuracy": jnp.mean(accuracy), "queue_accuracy": jnp.mean(queue_accuracy)}
+        return TermOutput(loss, new, metrics)
 
     return Term(name, apply, init)
 
@@ -215,6 +221,7 @@ def swapped_assignment(
     sinkhorn_iterations: int = 3,
     sinkhorn_epsilon: float = 0.05,
     queue_size: int = 0,
+    balanced: bool = True,
     name: str = "swapped_assignment",
 ) -> Term:
     """SwAV with its prototypes as parameters; see `repalign.losses.clustering.swapped_assignment`.
@@ -224,6 +231,10 @@ def swapped_assignment(
     earlier embeddings of each high-resolution view take part in the balancing, from the step on at
     which the queue has been filled.
 
+    The metric ``code_entropy`` is that of the shares of the prototypes that are nearest to the
+    high-resolution embeddings of the batch, in units of ``log prototypes``: 0 if one prototype has
+    them all. (The assignments that balancing makes of the scores are spread by construction.)
+
     Args:
         high: features [batch, dim], the embeddings of the high-resolution views.
         low: the same of the others.
@@ -231,11 +242,18 @@ def swapped_assignment(
         temperature, sinkhorn_iterations, sinkhorn_epsilon: as in the loss.
         queue_size: embeddings kept for each high-resolution view, a multiple of the batch; 0 for
             none.
+        balanced: whether Sinkhorn balances the assignments. If not, they are
+            ``softmax(scores / sinkhorn_epsilon)``: the control that collapses.
         name: the name of the term.
+
+    Raises:
+        UserError: a queue size that the batch does not divide, or a queue without balancing.
 
     Source: Caron et al. 2020 (arXiv:2006.09882); facebookresearch/swav@06b1b7c main_swav.py.
     """
     high, low = tuple(high), tuple(low)
+    if queue_size and not balanced:
+        raise UserError(f"objective.{name}.queue_size: the queue is for balancing; set it to 0.")
 
     def init(key: Array, features: Features) -> tuple[PyTree, PyTree]:
         batch, dim = features[high[0]].shape
@@ -263,8 +281,22 @@ def swapped_assignment(
         }
         views = [scores(features[view]) for view in high]
         others = [scores(features[view]) for view in low]
+        nearest = jnp.stack([jnp.argmax(view, axis=1) for view in views])
+        entropy = codebook.entropy(codebook.counts(nearest, size=prototypes))
+        metrics = {"code_entropy": entropy / math.log(prototypes)}
+        if not balanced:
+            # Without a centre DINO is the same cross-entropy, towards the softmax of the scores.
+            loss, _ = clustering.dino(
+                views,
+                [*views, *others],
+                jnp.zeros(prototypes, jnp.float32),
+                teacher_temp=sinkhorn_epsilon,
+                student_temp=temperature,
+            )
+            return TermOutput(loss, state, metrics)
         if not queue_size:
-            return TermOutput(clustering.swapped_assignment(views, others, **options), state, {})
+            loss = clustering.swapped_assignment(views, others, **options)
+            return TermOutput(loss, state, metrics)
         # Rows that were never filled are zero; they would take part with equal scores everywhere.
         filled = jnp.any(state["queues"][high[0]][-1] != 0.0)
         loss = lax.cond(
@@ -282,7 +314,7 @@ def swapped_assignment(
             for view in high
         }
         queues = {view: new["queue"] for view, new in renewed.items()}
-        return TermOutput(loss, {"queues": queues, "oldest": renewed[high[0]]["oldest"]}, {})
+        return TermOutput(loss, {"queues": queues, "oldest": renewed[high[0]]["oldest"]}, metrics)
 
     return Term(name, apply, init)
 

@@ -5,7 +5,7 @@ Most losses need no code of their own here: `loss` makes a term of any function 
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from repalign.generation import flow
 from repalign.losses import alignment
 from repalign.models.heads import Projector
 from repalign.numerics import as_float
-from repalign.registry import UserError, check_arguments, nearest, resolve
+from repalign.registry import UserError, build, check_arguments, nearest, resolve
 from repalign.train.objective import Term, TermOutput
 from repalign.typing import Array, Features, PyTree
 
@@ -181,7 +181,8 @@ def from_config(section: Any) -> Sequence[Term]:
 
     Each key of the section names a term; its ``term`` is the path of a term's constructor
     (``train.terms.repa``, ``train.stateful_terms.mochi``) or of a pure loss
-    (``losses.contrastive.nt_xent``), its ``weight`` a number, the rest are arguments.
+    (``losses.contrastive.nt_xent``), the rest are arguments. Its ``weight`` is a number or a
+    section that names a function of the step (``train.weight_schedules.until``) and its arguments.
     """
     terms = []
     for name, entry in section.items():
@@ -189,8 +190,13 @@ def from_config(section: Any) -> Sequence[Term]:
         if "term" not in arguments:
             raise UserError(f"objective.{name}: missing the key 'term', the path of a loss.")
         path, weight = arguments.pop("term"), arguments.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise UserError(f"objective.{name}.weight must be a number, not {weight!r}.")
+        if isinstance(weight, Mapping):
+            weight = build(weight, place=f"objective.{name}.weight")
+        elif isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UserError(
+                f"objective.{name}.weight must be a number or a section that names a schedule, "
+                f"not {weight!r}."
+            )
         constructor = resolve(path)
         if not path.startswith("train."):
             made = loss(constructor, name=name, **arguments)

@@ -54,3 +54,15 @@ def test_label_retrieval_on_a_worked_example():
     np.testing.assert_allclose(
         retrieval.map_at_r(embeddings, labels), [0.25, 0.0, 0.25, 0.5, 0.0], rtol=1e-6
     )
+
+
+def test_neighbor_jaccard_is_the_overlap_of_two_sets_of_neighbors():
+    rng = np.random.default_rng(3)
+    queries, gallery = rng.normal(size=(2, 30, 5)).astype(np.float32)
+    own = np.argsort(-gallery @ gallery.T, axis=1)[:, :4]
+    found = np.argsort(-queries @ gallery.T, axis=1)[:, :4]
+    expected = [len({*a} & {*b}) / len({*a} | {*b}) for a, b in zip(own, found, strict=True)]
+    measured = retrieval.neighbor_jaccard(jnp.asarray(queries), jnp.asarray(gallery), k=4)
+    np.testing.assert_allclose(measured, expected, rtol=1e-6)
+    same = retrieval.neighbor_jaccard(jnp.asarray(gallery), jnp.asarray(gallery), k=4)
+    np.testing.assert_array_equal(same, 1.0)

@@ -154,6 +154,36 @@ def test_encoder_probe_reads_the_embedding(cache):
     assert metrics["knn_probe"] > 0.9  # brightness alone tells the classes apart
 
 
+def test_encoder_probe_reads_a_tap_and_its_spectrum(cache):
+    context, state = context_and_state("fast", cache)
+    section = {"name": "train.evaluate.encoder_probe", "reference": REFERENCE, "classes": 4}
+    section |= {"tap": "map", "spectrum": True, "prefix": "map_"}
+    metrics, _ = build_evaluators({"probe": section}, context)["probe"](state, KEY)
+    encoder = encoders.model_encoder(
+        context.experiment.forward, state.params["model"], state.forward
+    )
+    test = tiny_experiment.images(examples=48).gather(np.arange(48))
+    # The embedding of this network is the mean of its map.
+    pooled = encoders.encode(encoder, test["image"]).astype(np.float64)
+    values = np.linalg.svd(pooled, compute_uv=False)
+    shares = values / values.sum()
+    rank = np.exp(-np.sum(shares * np.log(shares)))
+    unit = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+    eigenvalues = np.linalg.eigvalsh(unit.T @ unit / 48)
+    eigenvalues = eigenvalues[eigenvalues > 1e-7]
+    squared = np.square(unit[:, None] - unit[None]).sum(-1)[~np.eye(48, dtype=bool)]
+    expected = {
+        "map_effective_rank": rank,
+        "map_entropy": -np.sum(eigenvalues * np.log(eigenvalues)),
+        "map_uniformity": np.log(np.mean(np.exp(-2.0 * squared))),
+    }
+    assert set(metrics) == {"map_linear_probe", "map_knn_probe", *expected}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-3, err_msg=name)
+    with pytest.raises(UserError, match="tap of the encoder"):
+        build_evaluators({"probe": section | {"tap": "mapp"}}, context)["probe"](state, KEY)
+
+
 def test_mistakes_in_a_section_name_the_place(flow_model):
     context, _ = flow_model
     section = {"name": "train.evaluate.encoder_probe", "reference": REFERENCE, "clases": 4}

@@ -103,7 +103,10 @@ def test_mochi_reads_the_queue_of_the_step_before_and_drops_the_oldest(features)
         mixed=0,
         query_mixed=0,
     )
-    np.testing.assert_allclose(outputs[0].loss, (there + back) / 2, rtol=1e-5)
+    np.testing.assert_allclose(outputs[0].loss, (there + back.loss) / 2, rtol=1e-5)
+    shares = [np.mean(np.argmax(logits, axis=1) == 0), np.mean(back.accuracy)]
+    assert outputs[0].metrics["accuracy"] == pytest.approx(np.mean(shares))
+    assert outputs[0].metrics["queue_accuracy"] == outputs[0].metrics["accuracy"]
 
 
 def test_no_gradient_reaches_the_keys_of_momentum_contrast(features):
@@ -153,6 +156,30 @@ def test_swapped_assignment_uses_its_queue_once_it_is_full(features):
     gradient = jax.grad(lambda params: plain.apply(params, {}, features, KEY).loss)(params)
     assert np.any(gradient["prototypes"])
     np.testing.assert_allclose(outputs[0].loss, without, rtol=1e-5)
+
+
+def test_swapped_assignment_without_balancing_follows_the_softmax_of_the_scores(features):
+    high = ["view_0/embedding", "view_1/embedding"]
+    arguments = {"high": high, "prototypes": 6, "temperature": 0.2, "sinkhorn_epsilon": 0.1}
+    term = stateful_terms.swapped_assignment(**arguments, balanced=False)
+    params, _, outputs = steps(term, features, 1)
+    scores = [l2_normalize(features[name]) @ l2_normalize(params["prototypes"]).T for name in high]
+    expected = 0.0
+    for one, other in (scores, scores[::-1]):
+        predicted = jax.nn.log_softmax(other / 0.2)
+        expected -= jnp.mean(jnp.sum(jax.nn.softmax(one / 0.1) * predicted, axis=1)) / 2
+    np.testing.assert_allclose(outputs[0].loss, expected, rtol=1e-5)
+    balanced = stateful_terms.swapped_assignment(**arguments)
+    assert abs(balanced.apply(params, {}, features, KEY).loss - expected) > 1e-3
+    shares = np.bincount(np.concatenate(scores).argmax(axis=1), minlength=6) / 8
+    entropy = -np.sum(shares[shares > 0] * np.log(shares[shares > 0])) / np.log(6)
+    for one in (term, balanced):
+        found = one.apply(params, {}, features, KEY).metrics["code_entropy"]
+        np.testing.assert_allclose(found, entropy, rtol=1e-5)
+    same = dict.fromkeys(high, jnp.ones((4, 3)))
+    assert term.apply(params, {}, same, KEY).metrics["code_entropy"] == pytest.approx(0.0)
+    with pytest.raises(UserError, match="the queue is for balancing"):
+        stateful_terms.swapped_assignment(high=high, prototypes=6, queue_size=8, balanced=False)
 
 
 def test_msn_learns_prototypes_and_reports_its_entropies(features):
