@@ -103,7 +103,7 @@ def stitched(
     shuffled: bool = False,
     learning_rate: float = 3e-3,
 ) -> ConfigDict:
-    """A classifier on the first encoder of a pair, evaluated on the second."""
+    """A classifier on the first encoder of a pair, evaluated on the second; one rate for all."""
     chosen = lookup(PAIRS, pair, kind="pair of encoders")
     relative = {"space": "relative", "anchors": chosen["width"]}
     column = "latent/representation"

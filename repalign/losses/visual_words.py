@@ -56,7 +56,7 @@ def bag_of_visual_words(
         lambda images: jnp.min(distances(images), axis=2), features, columns=columns
     )
     mean = momentum * as_float(mean_distance) + (1.0 - momentum) * jnp.mean(nearest)
-    sharpness = inverse_delta / jnp.maximum(mean, jnp.finfo(mean.dtype).tiny)
+    sharpness = inverse_delta / jnp.maximum(mean, 1e-12)
 
     def histogram(images: Array) -> Array:
         codes = jax.nn.softmax(-sharpness * distances(images), axis=2)

@@ -1,11 +1,13 @@
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from repalign.data.captioned_shapes import FACTORS, captioned_shapes
 from repalign.registry import UserError
+from repalign.train.evaluate import EvaluationContext
 from repalign.train.evaluate_captions import modality_gap, zero_shot
 from repalign.train.state import Forward, TrainState
 
@@ -30,9 +32,10 @@ def context(apply):
         del params, key, average, frozen
         return apply(batch), state
 
-    return SimpleNamespace(experiment=SimpleNamespace(forward=Forward(None, forward)))
+    return EvaluationContext(SimpleNamespace(forward=Forward(None, forward)), None, None)
 
 
+KEY = jax.random.key(0)
 STATE = TrainState(0, None, {"model": {}, "objective": {}}, {}, {}, {}, None, None)
 
 
@@ -50,7 +53,7 @@ def from_factors(batch):
 
 def test_the_gap_of_two_sides_of_a_plane():
     evaluate = modality_gap(context(from_factors), reference=source(150))
-    metrics, arrays = evaluate(STATE, None)
+    metrics, arrays = evaluate(STATE, KEY)
     assert arrays == {} and metrics["linear_separability"] == 1.0
     examples = captioned_shapes(
         150, seed=3, size=8, held_out=(("circle", "red"),), split="test"
@@ -68,12 +71,12 @@ def test_the_gap_of_two_sides_of_a_plane():
 
 def test_equal_features_have_no_gap_and_cannot_be_told_apart():
     evaluate = modality_gap(context(from_factors), reference=source(100), second="same/embedding")
-    metrics, _ = evaluate(STATE, None)
+    metrics, _ = evaluate(STATE, KEY)
     assert metrics["modality_gap"] < 1e-6 and metrics["pair_distance"] < 1e-10
     assert metrics["linear_separability"] == 0.5
     wrong = modality_gap(context(from_factors), reference=source(10), second="texts/embedding")
     with pytest.raises(UserError, match="texts/embedding.*text/embedding"):
-        wrong(STATE, None)
+        wrong(STATE, KEY)
 
 
 def class_of_tokens(batch):
@@ -99,7 +102,7 @@ def test_zero_shot_names_the_class_of_the_nearest_caption():
 
     references = {"seen": source(90), "unseen": source(60, "held_out")}
     evaluate = zero_shot(context(knowing), references=references)
-    metrics, _ = evaluate(STATE, None)
+    metrics, _ = evaluate(STATE, KEY)
     assert metrics == {
         "zero_shot_seen": pytest.approx(2 / 3),
         "zero_shot_unseen": pytest.approx(2 / 3),

@@ -9,9 +9,12 @@ from repalign.train.visual_word_terms import obow
 
 RNG = np.random.default_rng(2)
 FEATURES = {
-    "average/map": RNG.normal(size=(3, 6, 5, 4)).astype(np.float32),
-    "crop_0/encoder": RNG.normal(size=(3, 7)).astype(np.float32),
-    "crop_1/encoder": RNG.normal(size=(3, 7)).astype(np.float32),
+    name: jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    for name, shape in {
+        "average/map": (3, 6, 5, 4),
+        "crop_0/encoder": (3, 7),
+        "crop_1/encoder": (3, 7),
+    }.items()
 }
 TERM = obow(teacher="average/map", students=("crop_0/encoder", "crop_1/encoder"), words=6)
 
@@ -28,7 +31,9 @@ def test_the_loss_is_predicted_with_the_vocabulary_before_the_step(steps):
     params, state, first, _ = steps
     queue = np.asarray(state["vocabulary"]["queue"], np.float64)
     inner = FEATURES["average/map"][:, 1:-1, 1:-1].reshape(3, -1, 4)
-    targets, mean = visual_words.bag_of_visual_words(inner, queue, jnp.float32(0.5))
+    targets, mean = visual_words.bag_of_visual_words(
+        inner, state["vocabulary"]["queue"], jnp.float32(0.5)
+    )
     np.testing.assert_allclose(first.state["mean_distance"], mean, rtol=1e-5)
     layers = params["generator"]
     x = queue / np.linalg.norm(queue, axis=1, keepdims=True) @ layers["linear_1"]["kernel"]

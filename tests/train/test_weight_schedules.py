@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from repalign.registry import UserError
 from repalign.train import terms, weight_schedules
@@ -23,21 +22,15 @@ def test_linear_is_a_line_between_its_steps():
 
 
 def test_a_config_gives_a_term_a_schedule():
-    config = ConfigDict(
-        {
-            "steady": {
-                "term": "losses.reconstruction.squared_error",
-                "reconstruction": "x",
-                "target": "y",
-            },
-            "early": {
-                "term": "losses.reconstruction.absolute_error",
-                "reconstruction": "x",
-                "target": "y",
-                "weight": {"name": "train.weight_schedules.until", "value": 0.5, "step": 10},
-            },
-        }
-    )
+    entry = {"reconstruction": "x", "target": "y"}
+    config = {
+        "steady": {"term": "losses.reconstruction.squared_error", **entry},
+        "early": {
+            "term": "losses.reconstruction.absolute_error",
+            **entry,
+            "weight": {"name": "train.weight_schedules.until", "value": 0.5, "step": 10},
+        },
+    }
     objective = Objective(tuple(terms.from_config(config)))
     features = {"x": jnp.full((2, 3), 3.0), "y": jnp.full((2, 3), 1.0)}
     params, state = objective.init(jax.random.key(0), features)
