@@ -51,6 +51,10 @@ _AXES: Mapping[str, tuple[int, ...]] = types.MappingProxyType(
         "b_dim": (128,),
         "new_dim": (128,),
         "old_dim": (64,),
+        "words": (1024,),
+        "tiles": (4,),
+        "invariant_dim": (64,),
+        "equivariant_dim": (64,),
         "student_dim": (128,),
         "teacher_dim": (128,),
         "*event": (28, 28, 1),
@@ -184,7 +188,7 @@ is made from the docstrings by `make docs`.
 Cost is of the value and the gradient, as XLA states it for a CPU: operations at a batch of
 {BATCHES[0]:,} (bodies of loops and eigenvalue problems count once), and temporary memory there and
 at {BATCHES[1]:,}. Sizes: width 128, 49 tokens, 2 views, 1,024 prototypes, 1,000 classes, a queue of
-65,536.
+65,536. [Time and memory beside other libraries](peers.md) is a page of its own.
 """
 
 
