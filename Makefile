@@ -23,6 +23,7 @@ tune: $(VENV)/installed  ## The learning-rate search of the REPA table: the same
 
 docs: $(VENV)/installed-test  ## The page of all losses, from their docstrings.
 	$(BIN)/repalign list losses --costs docs/losses/cost.json > docs/losses/README.md
+	$(BIN)/repalign list losses --peers docs/losses/peers.json > docs/losses/peers.md
 
 test: lint unit
 

@@ -204,18 +204,20 @@ def list_names(arguments: Sequence[str]) -> int:
 
     Lists what a config can name, with the first line of each docstring. ``list losses --costs
     FILE`` prints the whole docstrings as a page instead, with the rows that ``bench losses --format
-    json`` wrote to FILE.
+    json`` wrote to FILE; ``--peers FILE`` a page of those that ``bench losses --peers`` wrote.
     """
-    flag_values = _parse(arguments, list_names, positional=1, costs=None, format="text")
+    flag_values = _parse(arguments, list_names, positional=1, costs=None, peers=None, format="text")
     from repalign.listing import KINDS, listing
 
     kind = lookup(KINDS, flag_values.positional[0], kind="list")
-    if flag_values.costs is not None:
+    if flag_values.costs is not None or flag_values.peers is not None:
         if kind != "losses":
-            raise UserError(f"--costs belongs to `list losses`, not to `list {kind}`.")
+            raise UserError(f"--costs and --peers belong to `list losses`, not to `list {kind}`.")
         from repalign.documentation import losses_page, read_costs
+        from repalign.loss_bench import page
 
-        print(losses_page(read_costs(pathlib.Path(flag_values.costs))), end="")
+        rows = read_costs(pathlib.Path(flag_values.costs or flag_values.peers))
+        print((losses_page if flag_values.peers is None else page)(rows), end="")
         return 0
     entries = listing(kind)
     if flag_values.format == "json":
@@ -339,10 +341,11 @@ def bench(arguments: Sequence[str]) -> int:
 
     Times a part beside its best alternative on this machine: the input pipeline beside the images/s
     that the train step takes in; ``bench train`` and ``bench input`` need --config. ``bench
-    losses`` runs nothing: the compiler says what each loss costs.
+    losses`` runs nothing: the compiler says what each costs; with --peers PYTHON it times those
+    that libraries of that interpreter have.
     """
     own, overrides = _split_overrides(arguments)
-    flag_values = _parse(own, bench, positional=1, config=None, format="text")
+    flag_values = _parse(own, bench, positional=1, config=None, peers=None, format="text")
     what = lookup({name: name for name in BENCHMARKS}, flag_values.positional[0], kind="benchmark")
     if what in ("train", "input"):
         _use_compilation_cache()
@@ -358,6 +361,10 @@ def bench(arguments: Sequence[str]) -> int:
                 rows = bench_input(experiment, source)
             else:
                 rows = [bench_train(experiment, source)]
+    elif what == "losses" and flag_values.peers is not None:
+        from repalign.loss_bench import run
+
+        rows = list(run(flag_values.peers))
     elif what == "losses":
         from repalign.documentation import loss_costs
 

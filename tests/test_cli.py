@@ -120,7 +120,7 @@ MISTAKES = {
         ("reproduce", FILE, "--workdir", "{tmp}", "--rows", "fsat"),
         "unknown row of the table 'fsat'. Did you mean 'fast'",
     ),
-    "no table": (("reproduce", "simclr", "--workdir", "{tmp}"), "has no TABLE to reproduce"),
+    "no table": (("reproduce", "classifier", "--workdir", "{tmp}"), "has no TABLE to reproduce"),
     "no number": (("reproduce", FILE, "--seeds=two"), "seeds"),
     "unknown list": (("list", "loses"), "unknown list 'loses'. Did you mean 'losses'"),
     "nothing to list": (("list",), "expected 1 argument(s), got []. Usage: repalign list"),

@@ -32,6 +32,7 @@ RUN = [
     "relative_representations:digits_relative",
     "backward_compatibility:half_classes_orthogonal",
     "modality_gap:clip_all",
+    "capi:capi",
 ]
 
 

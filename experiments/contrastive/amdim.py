@@ -29,14 +29,15 @@ def small(
     scales: tuple[tuple[str, str], ...],
     *,
     views: tuple[tuple[int, int], ...] = BOTH_WAYS,
-    learning_rate: float = 3e-3,
 ) -> ConfigDict:
-    """One small convolutional encoder, loss form, learning rate and number of steps for all rows.
+    """One small convolutional encoder, loss form and number of steps for all rows.
+
+    The learning rate is one for all rows and was not searched. Projections of maps, where a row has
+    them, are parameters that only training uses.
 
     Args:
         scales: pairs of what predicts and what is predicted.
         views: pairs of the views that these are of.
-        learning_rate: the peak.
     """
     local = sorted({target for _, target in scales} - {GLOBAL})
     return ConfigDict(
@@ -77,7 +78,7 @@ def small(
             },
             "optimizer": {
                 "name": "adamw",
-                "learning_rate": learning_rate,
+                "learning_rate": 3e-3,
                 "schedule": "cosine",
                 "warmup_steps": 20,
                 "weight_decay": 1e-4,

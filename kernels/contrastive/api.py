@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from repalign.kernels.choice import Choice, check, is_hopper, present_device
-from repalign.kernels.contrastive import pallas_gpu, pallas_tpu, reference, streamed, xla
+from repalign.kernels.choice import Choice, check, is_hopper, is_partitioned, present_device
+from repalign.kernels.contrastive import pallas_gpu, pallas_tpu, reference, streamed, sweep, xla
 from repalign.kernels.contrastive.reference import Ids
 
 IMPLEMENTATIONS = {
@@ -21,6 +21,9 @@ IMPLEMENTATIONS = {
 DENSE_ENTRIES = 8192 * 8192
 """The largest matrix of logits that is held in memory: 256 MiB of float32."""
 
+CACHED_ENTRIES = 1024 * 1024
+"""The largest on one CPU: writing a larger one takes as long as the product of its vectors."""
+
 
 def choose(rows: int, columns: int, *, axis: str | tuple[str, ...] | None = None) -> Choice:
     """Returns what ``implementation=None`` stands for at these static shapes, and why.
@@ -29,7 +32,11 @@ def choose(rows: int, columns: int, *, axis: str | tuple[str, ...] | None = None
     """
     device = present_device()
     if axis is None and rows * columns <= DENSE_ENTRIES:
-        return Choice("reference", "the matrix of logits takes at most 256 MiB")
+        if device.platform != "cpu" or is_partitioned():
+            return Choice("reference", "the matrix of logits takes at most 256 MiB")
+        if rows * columns <= CACHED_ENTRIES:
+            return Choice("reference", "the matrix of logits stays in the cache of a CPU")
+        return Choice("xla", "blocks of the matrix of logits stay in the cache of a CPU")
     if xla.is_automatic():
         return Choice("xla", "the mesh partitions arrays automatically, which no kernel allows")
     if jax.config.jax_enable_x64:
@@ -73,7 +80,8 @@ def log_sum_exp(
             ``check_vma=False`` for Pallas), or sum those of the scale over the devices yourself.
         implementation: ``"reference"`` (the whole matrix), ``"xla"`` (blocks), ``"pallas_tpu"``,
             ``"pallas_gpu"`` (Hopper) or None, which is ``choose(M, N, axis=axis)``. All but the
-            first, and every ring, have linear memory and first derivatives in reverse mode only.
+            first, and every ring, have first derivatives in reverse mode only, and linear memory,
+            but that ``"xla"`` on one device may hold up to 256 MiB of logits (see ``sweep``).
 
     Returns:
         ``[M]``.
@@ -117,12 +125,83 @@ def sigmoid_loss(
     return _reduction(name, "sigmoid_loss", axis)(a, b, scale, bias, positive, where)
 
 
+def log_sum_exp_both_ways(
+    a: Array,
+    b: Array,
+    *,
+    scale: ArrayLike,
+    exclude: Ids | None = None,
+    include: Ids | None = None,
+    where: tuple[Array, Array] | None = None,
+    implementation: str | None = None,
+) -> tuple[Array, Array]:
+    """Returns ``log_sum_exp(a, b)`` and ``log_sum_exp(b, a)``, of one matrix where possible.
+
+    On one device ``"reference"`` and ``"xla"`` compute every logit for both; else these are two
+    calls. The arguments are those of ``log_sum_exp`` but for ``where``, bool ``([M], [N])``, the
+    rows and the columns that count; others get -inf.
+
+    Raises:
+        ValueError: wrong shapes, an unknown implementation, or one that cannot do what is asked.
+    """
+    counted_rows, counted_columns = (None, None) if where is None else where
+    name = _check(a, b, counted_columns, None, implementation)
+    _check(b, a, counted_rows, None, implementation)
+    if name in _ON_ONE_DEVICE and not is_partitioned():
+        scale = jnp.asarray(scale, _compute_dtype(a, b))
+        function = _ON_ONE_DEVICE[name].log_sum_exp_both_ways
+        return function(a, b, scale, exclude, include, where)
+    options = {"scale": scale, "implementation": name}
+    there = {"exclude": exclude, "include": include, "where": counted_columns}
+    back = {key: None if there[key] is None else there[key][::-1] for key in ("exclude", "include")}
+    of_rows = log_sum_exp(a, b, **options, **there)
+    of_columns = log_sum_exp(b, a, **options, **back, where=counted_rows)
+    return _masked(of_rows, counted_rows), _masked(of_columns, counted_columns)
+
+
+def log_sum_exp_within(
+    x: Array,
+    *,
+    scale: ArrayLike,
+    exclude: Array | None = None,
+    include: Array | None = None,
+    where: Array | None = None,
+    implementation: str | None = None,
+) -> Array:
+    """Returns ``log_sum_exp(x, x)``, from half of the matrix where possible.
+
+    On one device ``"xla"`` computes no block of logits below the diagonal. ``exclude`` and
+    ``include`` are integers [N], and ``where`` is bool [N], the vectors that count; others get
+    -inf. The rest is as for ``log_sum_exp``.
+
+    Raises:
+        ValueError: wrong shapes, an unknown implementation, or one that cannot do what is asked.
+    """
+    name = _check(x, x, where, None, implementation)
+    if name in _ON_ONE_DEVICE and not is_partitioned():
+        scale = jnp.asarray(scale, _compute_dtype(x, x))
+        return _ON_ONE_DEVICE[name].log_sum_exp_within(x, scale, exclude, include, where)
+    pairs = {
+        key: None if ids is None else (ids, ids)
+        for key, ids in {"exclude": exclude, "include": include}.items()
+    }
+    values = log_sum_exp(x, x, scale=scale, **pairs, where=where, implementation=name)
+    return _masked(values, where)
+
+
+def _masked(values: Array, where: Array | None) -> Array:
+    return values if where is None else jnp.where(where, values, -jnp.inf)
+
+
+_ON_ONE_DEVICE = {"reference": reference, "xla": sweep}
+
+
 def _reduction(name: str, reduction: str, axis: str | tuple[str, ...] | None):
     engine = IMPLEMENTATIONS[name]
     if axis is not None:
         return functools.partial(getattr(streamed, reduction), streamed.Ring(engine, axis))
-    if name == "reference":
-        return getattr(reference, reduction)
+    if name == "reference" or (name == "xla" and not is_partitioned()):
+        return getattr(_ON_ONE_DEVICE[name], reduction)
     return functools.partial(getattr(streamed, reduction), engine)
 
 

@@ -204,23 +204,52 @@ def _ours(shape: Shape, function: Callable[..., Array], repeats: int) -> dict[st
     return {"seconds": seconds, "temp_bytes": temporary, "value": value}
 
 
+class Peer:
+    """A process in an interpreter that has torch, which runs ``peers.py``; a context manager."""
+
+    def __init__(self, python: str):
+        script = pathlib.Path(__file__).with_name("peers.py")
+        self._command = [python, str(script)]
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def prepare(self, peer: str, shape: Shape) -> dict[str, Any] | None:
+        """Returns value, memory and seconds of a library's first call; None if it is not there."""
+        request = shape._asdict() | {
+            "peer": peer,
+            "threads": len(os.sched_getaffinity(0)),
+            "scale": SCALE,
+            "bias": BIAS,
+        }
+        return self._ask({"prepare": request})
+
+    def call(self) -> float:
+        """Returns the seconds of one more call of what was prepared."""
+        return self._ask({"call": None})["seconds"]
+
+    def _ask(self, message: dict[str, Any]) -> Any:
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{' '.join(self._command)} failed at {json.dumps(message)}.")
+        return json.loads(answer)
+
+
 def _peer(python: str, peer: str, shape: Shape, repeats: int) -> dict[str, dict[str, Any]]:
     """Runs one library in a process of its own; nothing where it is not installed."""
-    script = pathlib.Path(__file__).with_name("peers.py")
-    request = shape._asdict() | {
-        "peer": peer,
-        "repeats": repeats,
-        "threads": len(os.sched_getaffinity(0)),
-        "scale": SCALE,
-        "bias": BIAS,
-    }
-    done = subprocess.run(
-        [python, script, json.dumps(request)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{python} {script} failed:\n{done.stderr[-2000:]}")
-    result = json.loads(done.stdout)
-    return {peer: result} if result else {}
+    with Peer(python) as process:
+        result = process.prepare(peer, shape)
+        if result is None:
+            return {}
+        return {peer: result | {"seconds": [process.call() for _ in range(repeats)]}}
 
 
 def main() -> None:

@@ -41,19 +41,54 @@ def log_sum_exp(
 ) -> Array:
     """Returns ``log sum_j exp(s_ij)`` over the counted columns of every row."""
     logits = scale * inner_products(as_float(a), as_float(b))
+    mask = _counted(logits, exclude, include)
+    if where is not None:
+        mask &= where[None, :]
+    return _masked_log_sum_exp(logits, mask, axis=1)
+
+
+def log_sum_exp_both_ways(
+    a: Array,
+    b: Array,
+    scale: Array,
+    exclude: Ids | None,
+    include: Ids | None,
+    where: tuple[Array, Array] | None,
+) -> tuple[Array, Array]:
+    """Returns ``log_sum_exp`` of every row and of every column; ``where`` masks both."""
+    logits = scale * inner_products(as_float(a), as_float(b))
+    mask = _counted(logits, exclude, include)
+    if where is not None:
+        mask &= where[0][:, None] & where[1][None, :]
+    return _masked_log_sum_exp(logits, mask, axis=1), _masked_log_sum_exp(logits, mask, axis=0)
+
+
+def log_sum_exp_within(
+    x: Array, scale: Array, exclude: Array | None, include: Array | None, where: Array | None
+) -> Array:
+    """Returns ``log_sum_exp`` of rows that are the columns, too; ``where`` masks both."""
+    logits = scale * inner_products(as_float(x), as_float(x))
+    pairs = [None if ids is None else (ids, ids) for ids in (exclude, include)]
+    mask = _counted(logits, *pairs)
+    if where is not None:
+        mask &= where[:, None] & where[None, :]
+    return _masked_log_sum_exp(logits, mask, axis=1)
+
+
+def _counted(logits: Array, exclude: Ids | None, include: Ids | None) -> Array:
     mask = jnp.ones(logits.shape, bool)
     if exclude is not None:
         mask &= ~matches(exclude)
-    if include is not None:
-        mask &= matches(include)
-    if where is not None:
-        mask &= where[None, :]
-    top = lax.stop_gradient(jnp.max(jnp.where(mask, logits, -jnp.inf), axis=1))
-    empty = ~jnp.any(mask, axis=1)
+    return mask if include is None else mask & matches(include)
+
+
+def _masked_log_sum_exp(logits: Array, mask: Array, *, axis: int) -> Array:
+    top = lax.stop_gradient(jnp.max(jnp.where(mask, logits, -jnp.inf), axis=axis))
+    empty = ~jnp.any(mask, axis=axis)
     top = jnp.where(empty, 0.0, top)
     # An entry that does not count is exp(0) before the outer where: no overflow, no NaN gradient.
-    terms = jnp.where(mask, jnp.exp(jnp.where(mask, logits - top[:, None], 0.0)), 0.0)
-    total = jnp.sum(terms, axis=1)
+    shifted = jnp.where(mask, logits - jnp.expand_dims(top, axis), 0.0)
+    total = jnp.sum(jnp.where(mask, jnp.exp(shifted), 0.0), axis=axis)
     return jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1.0, total)))
 
 

@@ -92,8 +92,8 @@ def log_sum_exp(
     where: Array | None,
 ) -> Array:
     """``reference.log_sum_exp`` in O((M + N) D) memory."""
-    a, b, scale = _alike(a, b, scale)
-    return _reduce(engine, a, b, scale, None, *_marks(where, exclude=exclude, include=include))
+    a, b, scale = alike(a, b, scale)
+    return _reduce(engine, a, b, scale, None, *marks(where, exclude=exclude, include=include))
 
 
 def sigmoid_loss(
@@ -106,11 +106,11 @@ def sigmoid_loss(
     where: Array | None,
 ) -> Array:
     """``reference.sigmoid_loss`` in O((M + N) D) memory."""
-    a, b, scale, bias = _alike(a, b, scale, bias)
-    return _reduce(engine, a, b, scale, bias, *_marks(where, positive=positive))
+    a, b, scale, bias = alike(a, b, scale, bias)
+    return _reduce(engine, a, b, scale, bias, *marks(where, positive=positive))
 
 
-def _alike(*arrays: Array) -> list[Array]:
+def alike(*arrays: Array) -> list[Array]:
     """Marks arrays as varying over every mesh axis that one of them varies over.
 
     So their gradients may vary, too; the gradient of the mark is the sum over the devices.
@@ -127,7 +127,7 @@ def _varying(x: Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def _marks(where: Array | None, **ids: Ids | None) -> tuple[Side, Side]:
+def marks(where: Array | None, **ids: Ids | None) -> tuple[Side, Side]:
     given = {name: pair for name, pair in ids.items() if pair is not None}
     rows = {name: pair[0] for name, pair in given.items()}
     columns = {name: pair[1] for name, pair in given.items()}

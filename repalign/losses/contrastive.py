@@ -2,7 +2,8 @@
 
 Every loss acts on the whole batch that it is given and returns one value per anchor. The softmax
 and sigmoid losses never hold more than ``kernels.contrastive.api.DENSE_ENTRIES`` logits: larger
-batches are streamed in blocks, with the same values and gradients (reverse mode, first order).
+batches, on a CPU from ``CACHED_ENTRIES`` on, go in blocks, with the same values and gradients
+(reverse mode, first order).
 ``where`` masks examples: a masked example is neither an anchor nor a negative, and its value is 0.
 """
 
@@ -11,7 +12,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from repalign.kernels.contrastive.api import log_sum_exp, sigmoid_loss
+from repalign.kernels.contrastive.api import (
+    log_sum_exp,
+    log_sum_exp_both_ways,
+    log_sum_exp_within,
+    sigmoid_loss,
+)
 from repalign.losses.batch_statistics import zero_masked
 from repalign.numerics import as_float, cosine_similarity, inner_products, l2_normalize
 from repalign.registry import lookup
@@ -69,13 +75,17 @@ def info_nce(
             "leave out `negatives` or `symmetric`."
         )
     queries, keys = _unit_vectors(queries, where), _unit_vectors(keys, where)
+    scale = 1.0 / temperature
     if symmetric:
+        both = _twice_over(where)
+        there, back = log_sum_exp_both_ways(queries, keys, scale=scale, where=both)
         transposed = None if positives is None else positives.T
-        there = _one_way(queries, keys, temperature, None, positives, aggregate, where)
-        return 0.5 * (
-            there + _one_way(keys, queries, temperature, None, transposed, aggregate, where)
-        )
-    return _one_way(queries, keys, temperature, negatives, positives, aggregate, where)
+        there = _one_way(there, queries, keys, scale, positives, aggregate, where)
+        return 0.5 * (there + _one_way(back, keys, queries, scale, transposed, aggregate, where))
+    total = log_sum_exp(queries, keys, scale=scale, where=where)
+    if negatives is not None:
+        total = jnp.logaddexp(total, log_sum_exp(queries, l2_normalize(negatives), scale=scale))
+    return _one_way(total, queries, keys, scale, positives, aggregate, where)
 
 
 def _unit_vectors(x, where):
@@ -83,15 +93,12 @@ def _unit_vectors(x, where):
     return l2_normalize(zero_masked(x, where))
 
 
-def _one_way(queries, keys, temperature, negatives, positives, aggregate, where):
-    total = log_sum_exp(queries, keys, scale=1.0 / temperature, where=where)
-    if negatives is not None:
-        negatives = l2_normalize(negatives)
-        total = jnp.logaddexp(total, log_sum_exp(queries, negatives, scale=1.0 / temperature))
+def _one_way(total, queries, keys, scale, positives, aggregate, where):
+    """InfoNCE of the queries, ``total`` being the logarithms of their sums over all keys."""
     if positives is None:
-        return zero_masked(total - jnp.sum(queries * keys, axis=1) / temperature, where)
+        return zero_masked(total - scale * jnp.sum(queries * keys, axis=1), where)
 
-    logits = inner_products(queries, keys) / temperature
+    logits = scale * inner_products(queries, keys)
     positives = positives if where is None else positives & where[None, :]
     count = jnp.sum(positives, axis=1)
     if lookup(_IS_INSIDE, aggregate, kind="aggregate"):
@@ -129,9 +136,7 @@ def nt_xent(
     """
     a, b = _unit_vectors(a, where), _unit_vectors(b, where)
     views, ids = _interleave(a, b), jnp.arange(2 * len(a))
-    total = log_sum_exp(
-        views, views, scale=1.0 / temperature, exclude=(ids, ids), where=_twice(where)
-    )
+    total = log_sum_exp_within(views, scale=1.0 / temperature, exclude=ids, where=_twice(where))
     values = total.reshape(-1, 2) - jnp.sum(a * b, axis=1, keepdims=True) / temperature
     return jnp.concatenate([zero_masked(values[:, 0], where), zero_masked(values[:, 1], where)])
 
@@ -139,6 +144,11 @@ def nt_xent(
 def _interleave(a, b):
     """Returns both views as a_0, b_0, a_1, ...: of a batch over devices, no row has to move."""
     return jnp.stack([a, b], axis=1).reshape(-1, a.shape[1])
+
+
+def _twice_over(where):
+    """Returns a mask of examples as one of rows and one of columns."""
+    return None if where is None else (where, where)
 
 
 def _twice(where):
@@ -181,13 +191,28 @@ def dcl_one_way(
     negative = log_sum_exp(
         a, _interleave(a, b), scale=1.0 / temperature, exclude=ids, where=_twice(where)
     )
-    positive = jnp.sum(a * b, axis=1) / temperature
+    return _decoupled(negative, a, b, 1.0 / temperature, weights, masking, where)
+
+
+def _decoupled(negative, a, b, scale, weights, masking, where):
+    """Decoupled loss of ``a``, ``negative`` being the logarithms of sums over other examples."""
+    positive = scale * jnp.sum(a * b, axis=1)
     if lookup(_IS_ADDITIVE, masking, kind="masking"):
-        own = jnp.sum(jnp.square(a), axis=1) / temperature
+        own = scale * jnp.sum(jnp.square(a), axis=1)
         negative = jnp.logaddexp(negative, jnp.logaddexp(own, positive) + _LOG_SMALL)
     else:
         negative = jnp.where(jnp.isfinite(negative), negative, 0.0)
     return zero_masked(negative - (positive if weights is None else weights * positive), where)
+
+
+def _decoupled_both_ways(a, b, temperature, weights, masking, where):
+    scale, pairs = 1.0 / temperature, jnp.arange(2 * len(a)) // 2
+    views = _interleave(a, b)
+    negative = log_sum_exp_within(views, scale=scale, exclude=pairs, where=_twice(where))
+    negative = negative.reshape(-1, 2)
+    there = _decoupled(negative[:, 0], a, b, scale, weights, masking, where)
+    back = _decoupled(negative[:, 1], b, a, scale, weights, masking, where)
+    return jnp.concatenate([there, back])
 
 
 def dcl(
@@ -206,8 +231,7 @@ def dcl(
     Source: Yeh et al. 2021 (DCL); lightly 1.6.0 loss/dcl_loss.py.
     """
     a, b = _unit_vectors(a, where), _unit_vectors(b, where)
-    options = {"temperature": temperature, "masking": masking, "where": where}
-    return jnp.concatenate([dcl_one_way(a, b, **options), dcl_one_way(b, a, **options)])
+    return _decoupled_both_ways(a, b, temperature, None, masking, where)
 
 
 def dclw(
@@ -247,9 +271,7 @@ def dclw(
     share = jax.nn.softmax(jnp.sum(a * b, axis=1) / sigma, where=used)
     if lookup(_IS_MEAN, normalizer, kind="normalizer"):
         share = jax.lax.stop_gradient(share) * jnp.sum(used)
-    options = {"temperature": temperature, "masking": masking, "where": where}
-    options["weights"] = 2.0 - share
-    return jnp.concatenate([dcl_one_way(a, b, **options), dcl_one_way(b, a, **options)])
+    return _decoupled_both_ways(a, b, temperature, 2.0 - share, masking, where)
 
 
 def sup_con(
@@ -290,11 +312,10 @@ def sup_con(
     # Sums over each class instead of a mask over all pairs; there are at most N classes.
     classes = jnp.unique(labels, return_inverse=True, size=len(x))[1]
     counts = jax.ops.segment_sum(used.astype(jnp.int32), classes, len(x))[classes] - 1
-    total = log_sum_exp(x, x, scale=scale, exclude=(ids, ids), where=where)
+    total = log_sum_exp_within(x, scale=scale, exclude=ids, where=where)
     if lookup(_IS_INSIDE, aggregate, kind="aggregate"):
-        matched = log_sum_exp(
-            x, x, scale=scale, exclude=(ids, ids), include=(labels, labels), where=where
-        ) - jnp.log(jnp.maximum(counts, 1))
+        matched = log_sum_exp_within(x, scale=scale, exclude=ids, include=labels, where=where)
+        matched -= jnp.log(jnp.maximum(counts, 1))
     else:
         sums = jax.ops.segment_sum(x, classes, len(x))[classes]
         matched = scale * jnp.sum(x * (sums - x), axis=1) / jnp.maximum(counts, 1)
@@ -328,8 +349,7 @@ def clip(
     """
     a, b = _unit_vectors(a, where), _unit_vectors(b, where)
     scale = jnp.exp(jnp.asarray(logit_scale, jnp.float32))
-    rows = log_sum_exp(a, b, scale=scale, where=where)
-    columns = log_sum_exp(b, a, scale=scale, where=where)
+    rows, columns = log_sum_exp_both_ways(a, b, scale=scale, where=_twice_over(where))
     return zero_masked(0.5 * (rows + columns) - scale * jnp.sum(a * b, axis=1), where)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from repalign.kernels.chips import CHIPS
-from repalign.kernels.contrastive import api, bench, entries, reference, xla
+from repalign.kernels.contrastive import api, bench, entries, reference, sweep
 from repalign.kernels.contrastive.specs import SHAPES, Shape
 
 ROWS, COLUMNS, DIM = 19, 23, 5
@@ -47,7 +47,7 @@ CASES = {
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(xla, "BLOCK", 8)
+    monkeypatch.setattr(sweep, "BLOCK", 8)
     jax.clear_caches()
 
 
@@ -112,8 +112,9 @@ def test_empty_rows_and_large_logits_stay_finite(implementation, small_blocks):
 
 
 def test_choice():
-    assert api.choose(8192, 8192).implementation == "reference"
-    assert api.choose(256, 65536).implementation == "reference"
+    assert api.choose(1024, 1024).implementation == "reference"
+    assert api.choose(16, 65536).implementation == "reference"
+    assert api.choose(1025, 1024).implementation == "xla"
     assert api.choose(8193, 8192).implementation == "xla"
     assert api.choose(8, 8, axis="data").implementation == "xla"
     for chip, expected in {
@@ -172,7 +173,7 @@ def test_memory_is_linear_in_the_batch():
     matrix = 4 * spec.examples**2
     inputs = 2 * 4 * spec.examples * spec.dim
     for function in (streamed, sigmoid):
-        assert temp_bytes(function, spec.examples, spec.dim) < 5 * inputs + 8 * 4 * xla.BLOCK**2
+        assert temp_bytes(function, spec.examples, spec.dim) < 5 * inputs + 8 * 4 * sweep.BLOCK**2
     # The test can fail: the obvious form needs the matrix.
     dense = functools.partial(streamed, implementation="reference")
     assert temp_bytes(dense, spec.examples, spec.dim) > matrix
@@ -194,3 +195,47 @@ def test_logarithm_of_one_plus_a_small_number():
     # The rounding of 1 + x, of at least 1/16 in relation to x, and of the result.
     bound = (16 + 2) * 2**-24
     np.testing.assert_allclose(entries.log_one_plus(x), exact, rtol=bound)
+
+
+def both_ways(implementation, a, b, scale, *, where=None, **options):
+    where = None if where is None else (jnp.arange(ROWS) % 7 != 2, where)
+    options |= {"scale": scale, "where": where, "implementation": implementation}
+    return api.log_sum_exp_both_ways(a, b, **options)
+
+
+def within(implementation, a, b, scale, *, where=None, exclude=None, include=None):
+    first = [None if ids is None else ids[1] for ids in (exclude, include)]
+    options = {"scale": scale, "where": where, "implementation": implementation}
+    return (api.log_sum_exp_within(b, exclude=first[0], include=first[1], **options),)
+
+
+@pytest.mark.parametrize("held_dim", [1, 512])
+@pytest.mark.parametrize("case", ["all", "include"])
+@pytest.mark.parametrize("function", [both_ways, within])
+def test_one_sweep_for_both_sides(function, case, held_dim, small_blocks, monkeypatch):
+    """Against two calls, one for each side, in values and gradients."""
+    monkeypatch.setattr(sweep, "HELD_DIM", held_dim)
+    a, b, _ = arrays()
+    options = CASES[case][1]
+
+    def run(implementation):
+        def total(a, b, scale):
+            values = function(implementation, a, b, scale, **options)
+            finite = [jnp.where(jnp.isfinite(x), x, 0.0) for x in values]
+            return sum(jnp.sum(x * (1.5 + jnp.cos(jnp.arange(len(x))))) for x in finite), values
+
+        return jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(a, b, 3.0)
+
+    (expected_grads, expected), (grads, values) = run("reference"), run("xla")
+    for value, known in zip(values, expected, strict=True):
+        # A value near 0 is exact to the rounding of the logits that it is the sum of.
+        largest = np.max(np.abs(known), where=np.isfinite(known), initial=0.0)
+        np.testing.assert_allclose(value, known, rtol=2e-6, atol=2**-22 * largest)
+    for grad, known in zip(grads, expected_grads, strict=True):
+        assert np.linalg.norm(grad - known) <= 1e-5 * np.linalg.norm(known)
+    if case == "include":  # What does not count has no value; the rest is that of one side alone.
+        assert np.isneginf(values[0]).any()
+    one = api.log_sum_exp(a, b, scale=3.0) if function is both_ways else None
+    if one is not None and case == "all":
+        np.testing.assert_allclose(values[0], one, rtol=2e-6)
+        np.testing.assert_allclose(values[1], api.log_sum_exp(b, a, scale=3.0), rtol=2e-6)

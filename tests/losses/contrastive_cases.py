@@ -74,8 +74,10 @@ OTHERS = {
     "soft_repa": lambda a, b: contrastive.soft_repa(
         jnp.square((a @ b.T).astype(jnp.float32)), temperature=0.07, scale=4.0
     ),
-    "mochi": lambda a, b: hard_negatives.mochi(
-        a, b, QUEUE, key=KEY, temperature=0.2, hardest=5, mixed=4, query_mixed=3
+    "mochi": lambda a, b: (
+        hard_negatives.mochi(
+            a, b, QUEUE, key=KEY, temperature=0.2, hardest=5, mixed=4, query_mixed=3
+        ).loss
     ),
     "cacr": lambda a, b: multi_view.cacr(views(a, b)),
     "cpc": lambda a, b: mutual_information.cpc(a, views(a, b), jnp.ones((3, 8, 8)) / 8),

@@ -74,3 +74,22 @@ def test_the_old_model_receives_no_gradient():
 
     to_new, to_old = jax.jit(jax.grad(total, argnums=(0, 1)))(new, old)
     assert np.all(np.any(to_new, axis=1)) and not np.any(to_old)
+
+
+def test_old_prototype_cross_entropy_classifies_the_prefix_by_fixed_prototypes():
+    prototypes = RNG.normal(size=(3, 2)).astype(np.float32)
+    given = np.broadcast_to(prototypes, (5, 3, 2))
+    loss = functools.partial(backward_compatibility.old_prototype_cross_entropy, scale=7.0)
+    found = run(loss, NEW, given, LABELS)
+    unit = NEW[:, :2] / np.linalg.norm(NEW[:, :2], axis=1, keepdims=True)
+    logits = 7.0 * unit @ (prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)).T
+    expected = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(5), LABELS]
+    # Logits of up to 7 are subtracted from each other: a small loss has their float32 rounding.
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    labels = jnp.asarray(LABELS)
+    gradients = jax.jit(jax.grad(lambda *a: loss(*a, labels).sum(), argnums=(0, 1)))(NEW, given)
+    assert np.any(gradients[0][:, :2] != 0)
+    np.testing.assert_array_equal(gradients[0][:, 2:], 0)
+    np.testing.assert_array_equal(gradients[1], 0)
+    with pytest.raises(ValueError, match="fewer than the prototypes' 5"):
+        run(loss, NEW, np.zeros((5, 3, 5), np.float32), LABELS)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from repalign.kernels.contrastive import api, xla
+from repalign.kernels.contrastive import api, sweep
 from repalign.losses import (
     contrastive,
     hard_negatives,
@@ -190,7 +190,7 @@ def test_streamed_equals_dense(everything, monkeypatch):
     a, b = pair()  # which the fixture has compiled for: 2 to 5 blocks of 4, some of them padded
     dense = everything(a, b)
     monkeypatch.setattr(api, "DENSE_ENTRIES", 0)
-    monkeypatch.setattr(xla, "BLOCK", 4)
+    monkeypatch.setattr(sweep, "BLOCK", 4)
     assert api.choose(1, 1).implementation == "xla"
     # Many loops that run once: compiling them is all the time, and LLVM's optimisations most of it.
     quickly = {"xla_backend_optimization_level": 0}

@@ -44,6 +44,47 @@ def test_random_masking_refuses_to_hide_everything(ratio):
         masked.random_masking(jax.random.key(0), 1, 8, mask_ratio=ratio)
 
 
+@pytest.mark.parametrize(
+    ("grid", "ratio", "sides"),
+    # 36 - 23 = 13 tokens of an aspect ratio in [1/2, 2]: ceil(sqrt(13 a)) rows, not above 6.
+    [((6, 6), 0.65, {(3, 5), (3, 6), (4, 4), (5, 3)}), ((2, 8), 0.4, {(2, 5)})],
+)
+def test_one_block_stays_visible_on_the_torus(grid, ratio, sides):
+    height, width = grid
+    tokens = height * width
+    visible = tokens - int(tokens * ratio)
+    masking = run(
+        masked.inverse_block_masking, jax.random.key(0), batch=300, grid=grid, mask_ratio=ratio
+    )
+    assert masking.visible.shape == (300, visible)
+    assert np.all(np.sum(~masking.masked, axis=1) == visible)
+    restored = np.take_along_axis(np.argsort(masking.restore, axis=1), masking.restore, axis=1)
+    assert np.all(restored == np.arange(tokens))
+    found = set()
+    for order in np.asarray(masking.visible):
+        row, column = np.divmod(order, width)
+        # From the first token on, rows of one length go to the right and down.
+        down, right = (row - row[0]) % height, (column - column[0]) % width
+        length = int(right.max()) + 1
+        np.testing.assert_array_equal(down * length + right, np.arange(visible))
+        found.add((-(-visible // length), length))
+    assert found == sides
+    first = np.bincount(masking.visible[:, 0], minlength=tokens)
+    assert first.min() > 0 and first.max() < 5 * first.mean()
+
+
+def test_hidden_tokens_of_a_block_masking_come_in_random_order():
+    masking = run(
+        masked.inverse_block_masking, jax.random.key(1), batch=2000, grid=(4, 4), mask_ratio=0.75
+    )
+    order = np.argsort(masking.restore, axis=1)
+    hidden = order[:, 4:]
+    rank = np.argsort(np.argsort(hidden, axis=1), axis=1)
+    assert np.abs(rank.mean(0) - 5.5).max() < 0.5
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
+        masked.inverse_block_masking(jax.random.key(0), 1, (4, 4), mask_ratio=1.0)
+
+
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_mae_with_either_variance(ddof):
     mean = PATCHES.mean(-1, keepdims=True)

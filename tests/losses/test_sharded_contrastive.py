@@ -14,7 +14,7 @@ import pytest
 import simulated_devices
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from repalign.kernels.contrastive import api, xla
+from repalign.kernels.contrastive import api, sweep
 
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -84,7 +84,7 @@ def measure():
     with jax.set_mesh(mesh):
         for form in ("", "/streamed"):
             if form:
-                api.DENSE_ENTRIES, xla.BLOCK = 0, 32
+                api.DENSE_ENTRIES, sweep.BLOCK = 0, 32
                 jax.clear_caches()
             losses = streamed if form else CROSS_EXAMPLE
             step = compiled(losses, *sharded)

@@ -138,8 +138,8 @@ def test_mistakes_are_found_before_anything_trains(tmp_path, trained):
     ):
         with pytest.raises(UserError, match=message):
             reproduce(FILE, tmp_path, **arguments)
-    with pytest.raises(UserError, match="'simclr' has no TABLE to reproduce"):
-        reproduce("simclr", tmp_path)
+    with pytest.raises(UserError, match="'classifier' has no TABLE to reproduce"):
+        reproduce("classifier", tmp_path)
     (tmp_path / "results.sqlite").write_text("no database")
     with pytest.raises(UserError, match="results.sqlite"):
         reproduce(FILE, tmp_path)

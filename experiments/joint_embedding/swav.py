@@ -49,8 +49,8 @@ def swapped_assignment(*, small_crops: int = 0, balanced: bool = True) -> dict:
 def small(objective: dict, *, small_crops: bool = False) -> ConfigDict:
     """One small convolutional encoder, head, batch, rate and number of steps for all rows.
 
-    The learning rate is the best of 1e-3, 3e-3 and 1e-2 for SimCLR and for SwAV, by the linear
-    probe after 750 steps of one seed that the table does not use.
+    The learning rate is the best of 1e-3, 3e-3 and 1e-2 for SwAV and for SimCLR (there with 1e-2),
+    by the linear probe after 750 steps of one seed that the table does not use.
     """
     evaluators = {
         "encoder": {
