@@ -42,7 +42,7 @@ def output(*arguments: str | pathlib.Path, devices: int = 8, optimize: bool = Tr
         env=environment(devices=devices, optimize=optimize),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
