@@ -332,6 +332,7 @@ def _forward(both, a, b, scale, bias, row_marks, column_marks):
 
 def _backward(both, residuals, cotangents):
     a, b, scale, bias, row_marks, column_marks, values, held = residuals
+    scale = jnp.asarray(scale)  # jax hands a literal back as a number of its own kind.
 
     def side(vectors: Array, marks: Side, number: int) -> Side:
         # Where nothing counts (value -inf) there is no gradient; 0 keeps masked logits finite.

@@ -74,7 +74,7 @@ def r1(
     Source: Mescheder et al. (arXiv:1801.04406), eq. 9; NVlabs/stylegan2-ada-pytorch@d72cc7d:
     training/loss.py:121-128.
     """
-    return 0.5 * gamma * jnp.sum(jnp.square(_input_gradients(critic, reals)), axis=1)
+    return 0.5 * gamma * jnp.sum(jnp.square(_input_gradients(critic, as_float(reals))), axis=1)
 
 
 def gradient_penalty(

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.numerics import as_float, inner_products
-from repalign.typing import Array, ArrayLike, Bool, Float, Num, Scalar
+from repalign.typing import Array, Bool, Float, Num, Scalar
 
 
 def zero_masked(
@@ -71,11 +71,14 @@ def smaller_gram(x: Num[Array, "batch dim"]) -> Float[Array, "order order"]:
     return inner_products(x.T, x.T) if x.shape[0] > x.shape[1] else inner_products(x, x)
 
 
-def at_least_rounding(ridge: ArrayLike, matrix: Float[Array, "dim dim"]) -> Scalar:
-    """Returns what to add to a covariance's diagonal: ``ridge``, or its rounding error if larger.
+def cholesky_factor(matrix: Float[Array, "dim dim"]) -> Float[Array, "dim dim"]:
+    """Returns the lower Cholesky factor of a covariance.
 
-    The factorisation of a covariance without full rank needs that much; with less it gives NaN.
+    Rounding makes that of a matrix without full rank fail; then the matrix's rounding error,
+    ``dim eps max_d matrix_dd``, is first added to its diagonal.
     """
-    largest = jnp.max(jnp.diagonal(matrix))
-    rounding = matrix.shape[0] * jnp.finfo(matrix.dtype).eps * largest
-    return jnp.maximum(ridge, lax.stop_gradient(rounding)).astype(matrix.dtype)
+    detached = lax.stop_gradient(matrix)
+    rounding = matrix.shape[0] * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.diagonal(detached))
+    failed = ~jnp.all(jnp.isfinite(jnp.linalg.cholesky(detached)))
+    ridge = jnp.where(failed, rounding, 0.0).astype(matrix.dtype)
+    return jnp.linalg.cholesky(matrix + ridge * jnp.eye(matrix.shape[0], dtype=matrix.dtype))

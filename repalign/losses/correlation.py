@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from repalign.losses.batch_statistics import at_least_rounding, centered, covariance
+from repalign.losses.batch_statistics import centered, cholesky_factor, covariance
 from repalign.numerics import inner_products
 from repalign.typing import Array, ArrayLike, Bool, Num, Scalar
 
@@ -58,8 +58,7 @@ def cca_loss(
 
     def whiten(x, matrix):
         own = covariance(x, where)
-        ridge = at_least_rounding(regularization, own) * jnp.eye(x.shape[1])
-        factor = jnp.linalg.cholesky(own + ridge)
+        factor = cholesky_factor(own + regularization * jnp.eye(x.shape[1], dtype=own.dtype))
         return jax.scipy.linalg.solve_triangular(factor, matrix, lower=True)
 
     return -jnp.sum(jnp.linalg.svd(whiten(b, whiten(a, cross).T), compute_uv=False))

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from repalign.losses.batch_statistics import (
-    at_least_rounding,
     centered,
+    cholesky_factor,
     covariance,
     keep,
     smaller_gram,
@@ -25,16 +25,15 @@ def cholesky_whiten(
 ) -> Float[Array, "batch dim"]:
     """Whitens the centred batch with the inverse Cholesky factor of its covariance.
 
-    The covariance is first shrunk to ``(1 - epsilon) C + epsilon I`` (the identity's weight is at
-    least the rounding error of the factorisation). Masked rows come out as 0.
+    The covariance is first shrunk to ``(1 - epsilon) C + epsilon I`` (and, where rounding leaves
+    that without a factor, increased by its rounding error). Masked rows come out as 0.
 
     Source: htdt/self-supervised@d9662c8:methods/whitening.py:20-47. Deviation: the released
     configuration has epsilon 0, which fails (NaN) for batches of no more than ``dim`` examples.
     """
     x, _ = centered(x, where)
     matrix = covariance(x, where)
-    shrunk = (1.0 - epsilon) * matrix + at_least_rounding(epsilon, matrix) * jnp.eye(x.shape[1])
-    factor = jnp.linalg.cholesky(shrunk)
+    factor = cholesky_factor((1.0 - epsilon) * matrix + epsilon * jnp.eye(x.shape[1]))
     return jax.scipy.linalg.solve_triangular(factor, x.T, lower=True).T
 
 

@@ -28,6 +28,7 @@ from repalign.losses import (
     regularizers,
     whitening,
 )
+from repalign.numerics import as_float
 
 plain("negative_cosine", joint_embedding.negative_cosine, **NORMALISED, **ALONE)
 for name, of in (("byol", joint_embedding.byol), ("simsiam", joint_embedding.simsiam)):
@@ -160,7 +161,7 @@ case(
     "capi_prediction",
     clustering.capi_prediction,
     lambda a, b, ids, where: clustering.capi_prediction(
-        tokens(a), jax.nn.softmax(tokens(b), axis=-1), where=token_mask(a, where)
+        tokens(a), jax.nn.softmax(as_float(tokens(b)), axis=-1), where=token_mask(a, where)
     ),
     fixed="b",
     **ALONE,

@@ -37,6 +37,7 @@ from repalign.losses import (
     token_prediction,
     visual_words,
 )
+from repalign.numerics import as_float
 
 case(
     "repa",
@@ -328,7 +329,7 @@ case(
 case(
     "word_prediction",
     visual_words.word_prediction,
-    lambda a, b, ids, where: visual_words.word_prediction(a, jax.nn.softmax(b, axis=1)),
+    lambda a, b, ids, where: visual_words.word_prediction(a, jax.nn.softmax(as_float(b), axis=1)),
     fixed="b",
     **ALONE,
 )

@@ -27,7 +27,7 @@ PARTS = {
     "alignment": {"spatial_normalize"},
     "backward_compatibility": {"basis_transformation", "orthogonal_matrix", "simplex_classifier"},
     "batch_statistics": {
-        "at_least_rounding",
+        "cholesky_factor",
         "centered",
         "covariance",
         "keep",
