@@ -28,8 +28,28 @@ from repalign.typing import Array, Float, Int, Key, PyTree
 Variables = tuple[PyTree, PyTree]
 
 
+class OfSize:
+    """What bottlenecks share whose field ``size`` is the number of codes of a codebook."""
+
+    size: int
+
+    def codes(self, dim: int) -> int:
+        """Returns the number of codes."""
+        del dim
+        return self.size
+
+
+class WithoutVariables:
+    """What bottlenecks share that have neither parameters nor state."""
+
+    def init(self, key: Key[Array, ""], dim: int) -> Variables:
+        """Returns nothing to train or to keep."""
+        del key, dim
+        return {}, {}
+
+
 @dataclasses.dataclass(frozen=True)
-class VectorQuantizer:
+class VectorQuantizer(OfSize):
     """A codebook that is trained by gradient (VQ-VAE, VQGAN).
 
     It starts uniform in ``[-1 / size, 1 / size]``, as VQGAN's does. See
@@ -78,14 +98,9 @@ class VectorQuantizer:
         del state, dim
         return _rows(params["codebook"], indices, self.distance)
 
-    def codes(self, dim: int) -> int:
-        """Returns the number of codes."""
-        del dim
-        return self.size
-
 
 @dataclasses.dataclass(frozen=True)
-class EmaVectorQuantizer:
+class EmaVectorQuantizer(OfSize):
     """A codebook that follows the running mean of the vectors that choose each code.
 
     The codebook and its statistics are state. They start from a unit normal distribution or, with
@@ -175,14 +190,9 @@ class EmaVectorQuantizer:
         del params, dim
         return _rows(state["codebook"], indices, self.distance)
 
-    def codes(self, dim: int) -> int:
-        """Returns the number of codes."""
-        del dim
-        return self.size
-
 
 @dataclasses.dataclass(frozen=True)
-class SimVQ:
+class SimVQ(OfSize):
     """A codebook that is one linear layer's image of a random basis.
 
     See `repalign.quantizers.vector.sim_vq`; the defaults here are those of the official code
@@ -258,11 +268,6 @@ class SimVQ:
         del dim
         return take_rows(self._codebook(params, state), indices)
 
-    def codes(self, dim: int) -> int:
-        """Returns the number of codes."""
-        del dim
-        return self.size
-
 
 @dataclasses.dataclass(frozen=True)
 class FSQ:
@@ -314,7 +319,7 @@ class FSQ:
 
 
 @dataclasses.dataclass(frozen=True)
-class LFQ:
+class LFQ(WithoutVariables):
     """Lookup-free quantization: the signs of the dimensions, ``2^dim`` codes.
 
     See `repalign.quantizers.binary.lfq`.
@@ -325,11 +330,6 @@ class LFQ:
     commitment_weight: float = 0.25
     inv_temperature: float = 100.0
     group_size: int | None = None
-
-    def init(self, key: Key[Array, ""], dim: int) -> Variables:
-        """Returns nothing to train or to keep."""
-        del key, dim
-        return {}, {}
 
     def apply(
         self,

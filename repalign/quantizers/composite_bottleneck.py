@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from repalign.numerics import l2_normalize
 from repalign.quantizers import binary, residual, scalar
-from repalign.quantizers.bottleneck import Variables
+from repalign.quantizers.bottleneck import OfSize, Variables, WithoutVariables
 from repalign.quantizers.vector import Quantized
 from repalign.typing import Array, Float, Int, Key, PyTree
 
@@ -22,7 +22,7 @@ def _codebooks(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "...
 
 
 @dataclasses.dataclass(frozen=True)
-class ProductQuantizer:
+class ProductQuantizer(OfSize):
     """``heads`` codebooks, each for its own part of the dimensions (UniTok's multi-codebook).
 
     See `repalign.quantizers.residual.product_quantize`.
@@ -76,14 +76,9 @@ class ProductQuantizer:
         del state, dim
         return residual.product_codes(params["codebooks"], indices, distance=self.distance)
 
-    def codes(self, dim: int) -> int:
-        """Returns the number of codes of a codebook."""
-        del dim
-        return self.size
-
 
 @dataclasses.dataclass(frozen=True)
-class ResidualQuantizer:
+class ResidualQuantizer(OfSize):
     """``levels`` codebooks, each for what those before it leave over.
 
     See `repalign.quantizers.residual.residual_vector_quantize`. In a step every vector keeps its
@@ -138,11 +133,6 @@ class ResidualQuantizer:
         del state, dim
         return residual.residual_codes(params["codebooks"], indices)
 
-    def codes(self, dim: int) -> int:
-        """Returns the number of codes of a codebook."""
-        del dim
-        return self.size
-
 
 @dataclasses.dataclass(frozen=True)
 class LatentQuantizer:
@@ -191,7 +181,7 @@ class LatentQuantizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class BinarySphericalQuantizer:
+class BinarySphericalQuantizer(WithoutVariables):
     """BSQ: the signs of the normalised vector, one index of all bits.
 
     See `repalign.quantizers.binary.bsq`; at most 31 dimensions.
@@ -203,11 +193,6 @@ class BinarySphericalQuantizer:
     zeta: float = 0.1
     group_size: int = 9
     inv_temperature: float = 1.0
-
-    def init(self, key: Key[Array, ""], dim: int) -> Variables:
-        """Returns nothing to train or to keep."""
-        del key, dim
-        return {}, {}
 
     def apply(
         self,
@@ -233,17 +218,12 @@ class BinarySphericalQuantizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class BernoulliQuantizer:
+class BernoulliQuantizer(WithoutVariables):
     """Bernoulli bits of Binary Latent Diffusion: z holds the logits, a step draws, 0 or 1.
 
     See `repalign.quantizers.binary.bernoulli_quantize`. An evaluation takes the likelier bit. The
     loss is 0.
     """
-
-    def init(self, key: Key[Array, ""], dim: int) -> Variables:
-        """Returns nothing to train or to keep."""
-        del key, dim
-        return {}, {}
 
     def apply(
         self,

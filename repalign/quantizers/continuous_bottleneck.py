@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from repalign.losses.generative import gaussian_kl
 from repalign.numerics import as_float
-from repalign.quantizers.bottleneck import Variables
+from repalign.quantizers.bottleneck import Variables, WithoutVariables
 from repalign.quantizers.vector import Quantized
 from repalign.typing import Array, Float, Int, Key, PyTree
 
@@ -20,8 +20,23 @@ def _continuous(values: Float[Array, "*batch dim"], loss: Float[Array, "*batch"]
     return Quantized(values, jnp.zeros(values.shape[:-1], jnp.int32), loss)
 
 
+class ContinuousLatent:
+    """What continuous latents share: there are no codes, and nothing that indices could name."""
+
+    def vectors(
+        self, params: PyTree, state: PyTree, indices: Int[Array, "*batch"], dim: int
+    ) -> Float[Array, "*batch dim"]:
+        """Raises ValueError: a continuous latent has no indices."""
+        raise ValueError("a continuous latent has no codes that indices could name.")
+
+    def codes(self, dim: int) -> int:
+        """Returns 0."""
+        del dim
+        return 0
+
+
 @dataclasses.dataclass(frozen=True)
-class GaussianLatent:
+class GaussianLatent(ContinuousLatent):
     """A VAE's latent: a linear layer of z gives mean and log variance, a step draws.
 
     loss = ``kl_weight * KL(N(mean, exp(log_variance)) | N(0, I)) / dim`` per vector. An evaluation
@@ -68,20 +83,9 @@ class GaussianLatent:
             drawn = mean + jnp.exp(0.5 * log_variance) * noise
         return _continuous(drawn, self.kl_weight * kl / z.shape[-1]), state
 
-    def vectors(
-        self, params: PyTree, state: PyTree, indices: Int[Array, "*batch"], dim: int
-    ) -> Float[Array, "*batch dim"]:
-        """Raises ValueError: a continuous latent has no indices."""
-        raise ValueError("a continuous latent has no codes that indices could name.")
-
-    def codes(self, dim: int) -> int:
-        """Returns 0."""
-        del dim
-        return 0
-
 
 @dataclasses.dataclass(frozen=True)
-class SigmaLatent:
+class SigmaLatent(ContinuousLatent, WithoutVariables):
     """A sigma-VAE's latent: ``z + sigma noise``, the deviation drawn and not learned.
 
     ``sigma ~ N(0, scale^2)``, one number for all positions of an example: what comes after has to
@@ -99,11 +103,6 @@ class SigmaLatent:
     scale: float = 0.5
     mean_weight: float = 1e-3
 
-    def init(self, key: Key[Array, ""], dim: int) -> Variables:
-        """Returns nothing to train or to keep."""
-        del key, dim
-        return {}, {}
-
     def apply(
         self,
         params: PyTree,
@@ -120,14 +119,3 @@ class SigmaLatent:
         sigma_key, noise_key = jax.random.split(key)
         sigma = self.scale * jax.random.normal(sigma_key, z.shape[:1] + (1,) * (z.ndim - 1))
         return _continuous(z + sigma * jax.random.normal(noise_key, z.shape, z.dtype), loss), state
-
-    def vectors(
-        self, params: PyTree, state: PyTree, indices: Int[Array, "*batch"], dim: int
-    ) -> Float[Array, "*batch dim"]:
-        """Raises ValueError: a continuous latent has no indices."""
-        raise ValueError("a continuous latent has no codes that indices could name.")
-
-    def codes(self, dim: int) -> int:
-        """Returns 0."""
-        del dim
-        return 0
